@@ -1,0 +1,43 @@
+// The C++ test harness: TEST(name) { ... } registers a test, CHECK and CHECK_EQ record a failure and
+// go on, main.cc runs every test and returns non-zero when a check failed or no test was registered.
+// Of our own, so that CMake and Bazel need nothing installed.
+
+#ifndef JAXMOE_XLA_FFI_TESTS_CHECK_H_
+#define JAXMOE_XLA_FFI_TESTS_CHECK_H_
+
+#include <sstream>
+#include <string>
+
+namespace jaxmoe::testing {
+
+// Adds a test to those that main runs, in order of registration. Returns true.
+bool Register(const char* name, void (*run)());
+
+// Records a failed check of the running test. Any thread may call it.
+void Fail(const char* file, int line, const std::string& message);
+
+template <typename A, typename B>
+void CheckEq(const A& got, const B& want, const char* expression, const char* file, int line) {
+  if (got == want) return;
+  std::ostringstream message;
+  message << expression << ": got " << got << ", want " << want;
+  Fail(file, line, message.str());
+}
+
+}  // namespace jaxmoe::testing
+
+#define TEST(name)                                                                              \
+  static void name();                                                                           \
+  [[maybe_unused]] static const bool name##_registered = jaxmoe::testing::Register(#name, name); \
+  static void name()
+
+#define CHECK(condition)                                                    \
+  do {                                                                      \
+    if (!(condition)) jaxmoe::testing::Fail(__FILE__, __LINE__, #condition); \
+  } while (false)
+
+// Equality of two printable values, both printed when they differ.
+#define CHECK_EQ(got, want) \
+  jaxmoe::testing::CheckEq((got), (want), #got " == " #want, __FILE__, __LINE__)
+
+#endif  // JAXMOE_XLA_FFI_TESTS_CHECK_H_
