@@ -1,8 +1,10 @@
-# One executable for each tests/*_test.cc, run by ctest.
+# One executable for each tests/*_test.cc, run by ctest; the target cpp_tests builds them all.
 enable_testing()
+add_custom_target(cpp_tests)
 foreach(source ${JAXMOE_TEST_SOURCES})
   get_filename_component(name ${source} NAME_WE)
   add_executable(${name} ${source} tests/main.cc)
   target_link_libraries(${name} PRIVATE jaxmoe_native)
   add_test(NAME ${name} COMMAND ${name})
+  add_dependencies(cpp_tests ${name})
 endforeach()
