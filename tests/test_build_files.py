@@ -17,7 +17,7 @@ def cmake_globs(text: str) -> dict[str, set[str]]:
 
 
 def bazel_globs(text: str) -> dict[str, set[str]]:
-    """Patterns of sources that BUILD globs, by folder. BUILD is run as the Python that it also is."""
+    """Patterns of sources that BUILD globs, by folder. BUILD is Python too, so it is run."""
     patterns: set[str] = set()
 
     def glob(include: list[str], **_: object) -> list[str]:

@@ -1,7 +1,7 @@
 """Print what `pyproject.toml` requires, one requirement a line, for `pip install -r`.
 
-    python tools/requirements.py test dev       the build system, the package and these extras
-    python tools/requirements.py --build-tools  cmake and ninja, as far as this machine lacks them
+`requirements.py test dev` prints those of the build system, the package and these extras;
+`requirements.py --build-tools` cmake and ninja, as far as this machine lacks them.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-// The C++ test harness: TEST(name) { ... } registers a test, CHECK and CHECK_EQ record a failure and
-// go on, main.cc runs every test and returns non-zero when a check failed or no test was registered.
-// Of our own, so that CMake and Bazel need nothing installed.
+// The C++ test harness: TEST(name) { ... } registers a test, CHECK and CHECK_EQ record a failure
+// and go on, main.cc runs every test and returns non-zero when a check failed or no test was
+// registered. Of our own, so that CMake and Bazel need nothing installed.
 
 #ifndef JAXMOE_XLA_FFI_TESTS_CHECK_H_
 #define JAXMOE_XLA_FFI_TESTS_CHECK_H_
@@ -26,13 +26,13 @@ void CheckEq(const A& got, const B& want, const char* expression, const char* fi
 
 }  // namespace jaxmoe::testing
 
-#define TEST(name)                                                                              \
-  static void name();                                                                           \
+#define TEST(name)                                                                               \
+  static void name();                                                                            \
   [[maybe_unused]] static const bool name##_registered = jaxmoe::testing::Register(#name, name); \
   static void name()
 
-#define CHECK(condition)                                                    \
-  do {                                                                      \
+#define CHECK(condition)                                                     \
+  do {                                                                       \
     if (!(condition)) jaxmoe::testing::Fail(__FILE__, __LINE__, #condition); \
   } while (false)
 
