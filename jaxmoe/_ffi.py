@@ -1,0 +1,142 @@
+"""The custom calls: the only file that touches `jax.ffi`.
+
+One registered name per operation; each platform registers its own implementation under it. The static configuration of
+a call crosses as one struct attribute, `CONFIG_FIELDS`, which `xla_ffi/common/config.h` declares again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int32
+
+from jaxmoe import reference
+from jaxmoe.plan import Plan
+
+if TYPE_CHECKING:
+    from jaxmoe.group import ExpertParallel
+
+CONFIG_FIELDS = ("group", "site", "num_devices", "num_experts")
+TARGETS = ("jaxmoe_dispatch", "jaxmoe_combine", "jaxmoe_dispatch_grad", "jaxmoe_combine_grad")
+I32, F32 = jnp.int32, jnp.float32
+
+
+def register(handlers: dict[str, Any], platform: str) -> None:
+    """Make a library's handlers known to XLA. `handlers` maps each of `TARGETS` to its capsule(s)."""
+    for target in TARGETS:
+        jax.ffi.register_ffi_target(target, handlers[target], platform=platform)
+
+
+def dispatch(
+    group: ExpertParallel,
+    site: int,
+    x: Float[Array, "T D"],
+    expert_ids: Int32[Array, "T K"],
+    weights: Float32[Array, "T K"],
+) -> tuple[Float[Array, "C D"], Float32[Array, " C"], Plan]:
+    """Custom call for `reference.dispatch`."""
+    num_tokens, top_k = expert_ids.shape
+    if num_tokens == 0:  # XLA drops calls on empty arrays, on all devices alike
+        return reference.dispatch(group, site, x, expert_ids, weights)
+    capacity = group.capacity(num_tokens)
+    outputs = (
+        ((capacity, group.dim), x.dtype),
+        ((capacity,), F32),
+        ((group.num_local_experts,), I32),
+        ((), I32),
+        ((), I32),
+        ((), I32),
+        ((group.num_devices, num_tokens, top_k), I32),
+        ((capacity,), I32),
+        ((num_tokens, top_k), I32),
+    )
+    rows, row_weights, *plan = _call(
+        "jaxmoe_dispatch", group, site, (x, expert_ids, weights), outputs
+    )
+    return rows, row_weights, Plan(*plan)
+
+
+def combine(
+    group: ExpertParallel,
+    site: int,
+    expert_rows: Float[Array, "C D"],
+    row_weights: Float32[Array, " C"],
+    plan: Plan,
+) -> Float[Array, "T D"]:
+    """Custom call for `reference.combine`."""
+    num_tokens = plan.row_map.shape[1]
+    if num_tokens == 0:
+        return reference.combine(group, site, expert_rows, row_weights, plan)
+    operands = (expert_rows, row_weights, plan.row_map)
+    outputs = (((num_tokens, group.dim), expert_rows.dtype),)
+    return _call("jaxmoe_combine", group, site, operands, outputs)[0]
+
+
+def dispatch_grad(
+    group: ExpertParallel,
+    site: int,
+    d_rows: Float[Array, "C D"],
+    d_row_weights: Float32[Array, " C"],
+    plan: Plan,
+) -> tuple[Float[Array, "T D"], Float32[Array, "T K"]]:
+    """Custom call for `reference.dispatch_grad`."""
+    _, num_tokens, top_k = plan.row_map.shape
+    if num_tokens == 0:
+        return reference.dispatch_grad(group, site, d_rows, d_row_weights, plan)
+    operands = (d_rows, d_row_weights, plan.row_map, plan.choice_device)
+    outputs = (((num_tokens, group.dim), d_rows.dtype), ((num_tokens, top_k), F32))
+    d_x, d_weights = _call("jaxmoe_dispatch_grad", group, site, operands, outputs)
+    return d_x, d_weights
+
+
+def combine_grad(
+    group: ExpertParallel,
+    site: int,
+    d_y: Float[Array, "T D"],
+    expert_rows: Float[Array, "C D"],
+    row_weights: Float32[Array, " C"],
+    plan: Plan,
+) -> tuple[Float[Array, "C D"], Float32[Array, " C"]]:
+    """Custom call for `reference.combine_grad`."""
+    if d_y.shape[0] == 0:
+        return reference.combine_grad(group, site, d_y, expert_rows, row_weights, plan)
+    operands = (d_y, expert_rows, row_weights, plan.row_source)
+    outputs = ((expert_rows.shape, expert_rows.dtype), (row_weights.shape, F32))
+    d_rows, d_row_weights = _call("jaxmoe_combine_grad", group, site, operands, outputs)
+    return d_rows, d_row_weights
+
+
+def _call(
+    target: str,
+    group: ExpertParallel,
+    site: int,
+    operands: tuple[jax.Array, ...],
+    outputs: tuple[tuple[tuple[int, ...], Any], ...],
+) -> list[jax.Array]:
+    """One custom call. Its first operand says which device of which slice this is."""
+    config = {
+        "group": np.int64(group.uid),
+        "site": np.int64(site),
+        "num_devices": np.int64(group.num_devices),
+        "num_experts": np.int64(group.num_experts),
+    }
+    # Typed like an operand: a bare ShapeDtypeStruct would be taken as equal on all devices.
+    like = jax.typeof(operands[0])
+    avals = [like.update(shape=shape, dtype=jnp.dtype(dtype)) for shape, dtype in outputs]
+    call = jax.ffi.ffi_call(target, avals, vmap_method="sequential")
+    return list(call(_where(group), *operands, config=config))
+
+
+def _where(group: ExpertParallel) -> Int32[Array, " 2"]:
+    """[device on the expert axis, slice along the other axes]."""
+    if group.mesh is None:
+        return jnp.zeros(2, I32)
+    sizes, slice_id = dict(group.spec.axis_sizes), jnp.zeros((), I32)
+    for axis in group.spec.other_axes:
+        if sizes[axis] > 1:
+            slice_id = slice_id * I32(sizes[axis]) + lax.axis_index(axis).astype(I32)
+    return jnp.stack([lax.axis_index(group.axis).astype(I32), slice_id])

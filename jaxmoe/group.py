@@ -1,0 +1,230 @@
+"""`ExpertParallel`: the sizes, the mesh axis and the transport that dispatch and combine share."""
+
+from __future__ import annotations
+
+import dataclasses
+import fractions
+import itertools
+import math
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmoe import transport as _transport
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupSpec:
+    """The numbers of a group, all static. Two groups of equal spec lower to equal programs."""
+
+    axis: tuple[str, ...]
+    other_axes: tuple[str, ...]
+    axis_sizes: tuple[tuple[str, int], ...]
+    num_devices: int
+    num_experts: int
+    top_k: int
+    dim: int
+    max_tokens: int
+    capacity_factor: float | None
+    dtype: str
+    timeout: float
+
+
+class ExpertParallel:
+    """A group of devices that share the experts of one or more MoE layers.
+
+    Expert e lives on device `e // (num_experts / R)` of the mesh axis, where R is that axis' size. On
+    a mesh with further axes there is one exchange group per slice along `axis`. A group is cheap to
+    make, holds no parameters, and any number of layers and of groups live side by side.
+
+    Args:
+      mesh: the `jax.sharding.Mesh` of the enclosing `jax.shard_map`, or None for a single device (R = 1).
+      axis: the mesh axis, or axes in major-to-minor order, over which experts are spread.
+      num_experts: E, experts in all; a multiple of R.
+      top_k: K, choices per token.
+      dim: D, width of a token.
+      max_tokens: most tokens T per device in one call. Any T up to it may be used, also different ones
+        in different calls, but all devices of one call use the same T (mask with expert id -1).
+      capacity_factor: None gives every device the worst case of R * T * K rows, so that nothing is ever
+        dropped. A number gives `ceil(capacity_factor * T * K)` rows; 1.0 is what balanced routing needs.
+        See `dispatch` for which choices are dropped when that is too little.
+      dtype: of tokens and rows: bfloat16, float16 or float32.
+      wire_dtype: must be None; tokens travel in `dtype`.
+      transport: "cpu" (this library's custom calls on the host platform), "xla" (plain `jax.lax`
+        collectives, any backend; also the reference) or "auto". `group.transport` says what was picked.
+      num_sms: must be None on the transports above, which use no GPU kernels of this library.
+      timeout: seconds that a device waits for its peers before the call fails with an error that names them.
+
+    Raises:
+      ValueError: for sizes, axes or options that do not fit; the message says what to use instead.
+      RuntimeError: if the transport asked for cannot run here.
+    """
+
+    def __init__(
+        self,
+        mesh: jax.sharding.Mesh | None = None,
+        axis: str | Sequence[str] = "expert",
+        *,
+        num_experts: int,
+        top_k: int,
+        dim: int,
+        max_tokens: int,
+        capacity_factor: float | None = None,
+        dtype: Any = jnp.bfloat16,
+        wire_dtype: Any = None,
+        transport: str = "auto",
+        num_sms: int | None = None,
+        timeout: float = 60.0,
+    ):
+        axes, other_axes, sizes = _check_axes(mesh, axis)
+        num_devices = math.prod(dict(sizes)[a] for a in axes)
+        _check_sizes(num_experts, top_k, dim, max_tokens, num_devices, axes)
+        _check_options(capacity_factor, wire_dtype, num_sms, timeout)
+        self.mesh = mesh
+        self.spec = GroupSpec(
+            axis=axes,
+            other_axes=other_axes,
+            axis_sizes=sizes,
+            num_devices=num_devices,
+            num_experts=int(num_experts),
+            top_k=int(top_k),
+            dim=int(dim),
+            max_tokens=int(max_tokens),
+            capacity_factor=None if capacity_factor is None else float(capacity_factor),
+            dtype=_check_dtype(dtype),
+            timeout=float(timeout),
+        )
+        self.transport = _transport.pick(transport, mesh)
+        self._handle = _transport.open_group(self.transport, mesh, self.spec)
+        self._finalizer = weakref.finalize(self, self._handle.close)
+        self.layer_numbers = itertools.count()  # names for the layers that share the group
+
+    axis = property(lambda self: self.spec.axis)
+    num_devices = property(lambda self: self.spec.num_devices)
+    num_experts = property(lambda self: self.spec.num_experts)
+    num_local_experts = property(lambda self: self.spec.num_experts // self.spec.num_devices)
+    top_k = property(lambda self: self.spec.top_k)
+    dim = property(lambda self: self.spec.dim)
+    max_tokens = property(lambda self: self.spec.max_tokens)
+    capacity_factor = property(lambda self: self.spec.capacity_factor)
+    dtype = property(lambda self: jnp.dtype(self.spec.dtype))
+    timeout = property(lambda self: self.spec.timeout)
+    uid = property(lambda self: self._handle.uid)
+    closed = property(lambda self: not self._finalizer.alive)
+
+    def capacity(self, num_tokens: int) -> int:
+        """Rows C of a device's expert buffer in a call with `num_tokens` tokens per device."""
+        worst = self.num_devices * num_tokens * self.top_k
+        if self.capacity_factor is None:
+            return worst
+        factor = fractions.Fraction(self.capacity_factor).limit_denominator(1 << 20)
+        return min(worst, math.ceil(factor * num_tokens * self.top_k))
+
+    def close(self) -> None:
+        """Release what the transport holds. Using the group afterwards is an error; closing twice is not."""
+        self._finalizer()
+
+    def __repr__(self) -> str:
+        s = self.spec
+        state = ", closed" if self.closed else ""
+        return (
+            f"ExpertParallel(axis={s.axis}, num_devices={s.num_devices}, num_experts={s.num_experts}, "
+            f"top_k={s.top_k}, dim={s.dim}, max_tokens={s.max_tokens}, capacity_factor={s.capacity_factor}, "
+            f"dtype={s.dtype}, transport={self.transport!r}{state})"
+        )
+
+
+def _check_axes(
+    mesh: jax.sharding.Mesh | None, axis: str | Sequence[str]
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[str, int], ...]]:
+    """The expert axes, the remaining axes and all axis sizes; () for every one of them without a mesh."""
+    if mesh is None:
+        return (), (), ()
+    if not isinstance(mesh, jax.sharding.Mesh):
+        raise ValueError(
+            f"ExpertParallel: mesh must be a jax.sharding.Mesh or None, got {type(mesh).__name__}. "
+            "Make one with jax.make_mesh, or pass None to use one device."
+        )
+    axes = (axis,) if isinstance(axis, str) else tuple(axis)
+    missing = [a for a in axes if a not in mesh.axis_names]
+    if missing or not axes:
+        raise ValueError(
+            f"ExpertParallel: axis {axis!r} is not in the mesh, whose axes are {mesh.axis_names}. "
+            "Name one of these, or add the axis to jax.make_mesh."
+        )
+    if len(set(axes)) != len(axes):
+        raise ValueError(f"ExpertParallel: axis {axis!r} names a mesh axis twice. Name each once.")
+    sizes = tuple((name, int(mesh.shape[name])) for name in mesh.axis_names)
+    return axes, tuple(a for a in mesh.axis_names if a not in axes), sizes
+
+
+def _check_sizes(
+    num_experts: int, top_k: int, dim: int, max_tokens: int, num_devices: int, axes: tuple[str, ...]
+) -> None:
+    for name, value, least in (
+        ("num_experts", num_experts, 1),
+        ("top_k", top_k, 1),
+        ("dim", dim, 1),
+        ("max_tokens", max_tokens, 0),
+    ):
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+            raise ValueError(
+                f"ExpertParallel: {name} must be an integer of at least {least}, got {value!r}."
+            )
+    if num_experts % num_devices:
+        below, above = (
+            num_experts // num_devices * num_devices,
+            -(-num_experts // num_devices) * num_devices,
+        )
+        fits = [r for r in range(1, num_experts + 1) if num_experts % r == 0]
+        raise ValueError(
+            f"ExpertParallel: num_experts ({num_experts}) must be divisible by the {num_devices} devices of "
+            f"mesh axis {axes[0] if len(axes) == 1 else axes!r}. Use {below or above} or {above} experts, "
+            f"or that many devices: {', '.join(map(str, fits))}."
+        )
+    if top_k > num_experts:
+        raise ValueError(
+            f"ExpertParallel: top_k ({top_k}) is more than num_experts ({num_experts}). A token chooses "
+            "distinct experts: lower top_k or add experts."
+        )
+    if num_devices * max_tokens * top_k >= 2**31:
+        raise ValueError(
+            f"ExpertParallel: {num_devices} devices x max_tokens ({max_tokens}) x top_k ({top_k}) choices do not "
+            "fit 32-bit indices. Lower max_tokens and call with the batch in parts."
+        )
+
+
+def _check_options(
+    capacity_factor: float | None, wire_dtype: Any, num_sms: int | None, timeout: float
+) -> None:
+    if capacity_factor is not None and not (math.isfinite(capacity_factor) and capacity_factor > 0):
+        raise ValueError(
+            f"ExpertParallel: capacity_factor must be a positive number or None, got {capacity_factor!r}. "
+            "1.0 holds balanced routing exactly; None never drops."
+        )
+    if wire_dtype is not None:
+        raise ValueError(
+            f"ExpertParallel: wire_dtype must be None on this version, got {wire_dtype!r}."
+        )
+    if num_sms is not None:
+        raise ValueError(
+            f"ExpertParallel: num_sms ({num_sms!r}) bounds GPU kernels, and the transports 'cpu' and 'xla' have none. "
+            "Leave it None."
+        )
+    if not (math.isfinite(timeout) and timeout > 0):
+        raise ValueError(
+            f"ExpertParallel: timeout must be a positive number of seconds, got {timeout!r}."
+        )
+
+
+def _check_dtype(dtype: Any) -> str:
+    name = jnp.dtype(dtype).name
+    if name not in DTYPES:
+        raise ValueError(f"ExpertParallel: dtype must be one of {', '.join(DTYPES)}, got {name}.")
+    return name

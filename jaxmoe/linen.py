@@ -1,0 +1,62 @@
+"""The MoE layer as a Flax Linen module, over the same functions as `jaxmoe.MoE`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+from jaxmoe.group import ExpertParallel
+from jaxmoe.layer import MoEConfig, MoEStats, moe_layer, param_specs
+from jaxmoe.routing import RouterConfig
+
+
+class MoE(nn.Module):
+    """A Mixture-of-Experts layer for Linen; see `jaxmoe.MoE` for what it computes and its options.
+
+    Parameters are in the collection "params", boxed with their partitioning over the expert axis when
+    the group has a mesh. With `use_bias=True` the selection bias is "bias" in the collection
+    "router"; update it with `jaxmoe.update_bias` between steps.
+    """
+
+    group: ExpertParallel
+    hidden_dim: int
+    num_shared_experts: int = 0
+    shared_hidden_dim: int | None = None
+    router: RouterConfig = RouterConfig()
+    use_bias: bool = False
+    param_dtype: Any = jnp.float32
+    token_axes: tuple[str, ...] | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "*tokens D"],
+        *,
+        mask: Bool[Array, "*tokens"] | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "*tokens D"], MoEStats]:
+        """The layer's output, shaped and typed like `x`, and its statistics."""
+        config = MoEConfig(
+            self.group,
+            self.hidden_dim,
+            self.num_shared_experts,
+            self.shared_hidden_dim,
+            self.router,
+            self.token_axes,
+            site="/".join(self.path),
+        )
+        params = {}
+        for name, spec in param_specs(config).items():
+            init = spec.init
+            if self.group.mesh is not None:
+                init = nn.with_partitioning(init, spec.sharding, mesh=self.group.mesh)
+            params[name] = self.param(name, init, spec.shape, self.param_dtype)
+        bias = None
+        if self.use_bias:
+            zeros = jnp.zeros(self.group.num_experts, jnp.float32)
+            bias = self.variable("router", "bias", lambda: zeros).value
+        return moe_layer(config, params, x, bias=bias, mask=mask, key=key)

@@ -1,0 +1,99 @@
+"""`jaxmoe.MoE`: the MoE layer as a Flax NNX module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from jaxmoe.group import ExpertParallel
+from jaxmoe.layer import MoEConfig, MoEStats, moe_layer, param_specs
+from jaxmoe.routing import RouterConfig, update_bias
+
+
+class RouterBias(nnx.Variable):
+    """The router's selection bias: state that `MoE.update_bias` moves, not a trained parameter."""
+
+
+class MoE(nnx.Module):
+    """A Mixture-of-Experts layer: `y = sum_k weight_k SwiGLU_{e_k}(x) + SwiGLU_shared(x)`.
+
+    Under `jax.jit` call it on global arrays; it runs its exchanges under a `jax.shard_map` of its own. Inside
+    a `jax.shard_map` over the group's mesh, call it on the device's shards. Without a mesh it
+    runs on one device.
+
+    Parameters (E experts, D = group.dim, F = hidden_dim): `router` [D, E]; `gate`, `up` [E, D, F] and `down`
+    [E, F, D], sharded over the expert axis; `shared_gate`, `shared_up`, `shared_down` with shared experts;
+    `router_bias` [E] (a `RouterBias`) with `use_bias=True`.
+
+    Args:
+      group: devices, sizes, dtype of the computation and transport; share it among layers.
+      hidden_dim: F, hidden width of an expert.
+      num_shared_experts: experts that every token passes through.
+      shared_hidden_dim: hidden width of one of these; None means hidden_dim.
+      router: how experts are chosen (`RouterConfig`).
+      use_bias: give the router a selection bias for balancing without an auxiliary loss (DeepSeek-V3).
+      param_dtype: dtype of the parameters; they are cast to `group.dtype` for the computation.
+      token_axes: mesh axes over which tokens are sharded; None means all axes of the mesh.
+      rngs: for the initial values (stream "params").
+    """
+
+    def __init__(
+        self,
+        group: ExpertParallel,
+        hidden_dim: int,
+        *,
+        num_shared_experts: int = 0,
+        shared_hidden_dim: int | None = None,
+        router: RouterConfig | None = None,
+        use_bias: bool = False,
+        param_dtype: Any = jnp.float32,
+        token_axes: tuple[str, ...] | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.config = MoEConfig(
+            group,
+            hidden_dim,
+            num_shared_experts,
+            shared_hidden_dim,
+            router or RouterConfig(),
+            token_axes,
+            site=f"MoE {next(group.layer_numbers)}",
+        )
+        for name, spec in param_specs(self.config).items():
+            value = spec.init(rngs.params(), spec.shape, param_dtype)
+            setattr(self, name, nnx.Param(value, **_metadata(group, spec.sharding)))
+        bias = jnp.zeros(group.num_experts, jnp.float32)
+        self.router_bias = RouterBias(bias, **_metadata(group, (None,))) if use_bias else None
+
+    def __call__(
+        self,
+        x: Float[Array, "*tokens D"],
+        *,
+        mask: Bool[Array, "*tokens"] | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "*tokens D"], MoEStats]:
+        """The layer's output, shaped and typed like `x`, and its statistics.
+
+        Args:
+          x: [..., D]; the first dimension is a multiple of the devices that share the tokens. With three or more dimensions
+            the last but one is the sequence (for `sequence_loss`).
+          mask: [...] True for real tokens. The others get the shared experts' output only.
+          key: for the router's jitter; None switches it off.
+        """
+        params = {name: getattr(self, name)[...] for name in param_specs(self.config)}
+        bias = None if self.router_bias is None else self.router_bias[...]
+        return moe_layer(self.config, params, x, bias=bias, mask=mask, key=key)
+
+    def update_bias(self, stats: MoEStats, rate: float) -> None:
+        """Move the selection bias against the load seen in `stats` (see `jaxmoe.update_bias`)."""
+        if self.router_bias is None:
+            raise ValueError("MoE.update_bias: this layer has no bias. Make it with use_bias=True.")
+        self.router_bias[...] = update_bias(self.router_bias[...], stats.tokens_per_expert, rate)
+
+
+def _metadata(group: ExpertParallel, sharding: tuple[Any, ...]) -> dict[str, Any]:
+    return {} if group.mesh is None else {"out_sharding": sharding, "mesh": group.mesh}

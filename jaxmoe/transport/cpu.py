@@ -1,0 +1,126 @@
+"""`transport="cpu"`: loading the host library, and what one group opens of it.
+
+Within a process devices read each other's buffers directly. Across the processes of a host (`jax.distributed`) each process
+copies what its peers need into a shared-memory segment; names and readiness travel through the key-value store.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import json
+import os
+import secrets
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+if TYPE_CHECKING:
+    from jaxmoe.group import GroupSpec
+
+_opened: collections.Counter[str] = collections.Counter()
+
+
+@functools.cache
+def _load() -> tuple[Any, str]:
+    """The host library with its handlers registered, or None and the reason."""
+    try:
+        from jaxmoe import _cpu
+    except ImportError as error:
+        return (
+            None,
+            f"the host library jaxmoe._cpu could not be imported ({error}); reinstall jaxmoe",
+        )
+    from jaxmoe import _ffi
+
+    _ffi.register(_cpu.handlers(), platform="cpu")
+    return _cpu, ""
+
+
+def why_not(platform: str) -> str:
+    """Why this transport cannot serve devices of `platform`; empty if it can."""
+    if platform != "cpu":
+        return f"it serves CPU devices and these are {platform} devices; use transport='xla'"
+    return _load()[1]
+
+
+class CpuGroup:
+    """One group's entry in the host library."""
+
+    def __init__(self, mesh: jax.sharding.Mesh | None, spec: GroupSpec):
+        self._lib, reason = _load()
+        if reason:
+            raise RuntimeError(f"ExpertParallel: transport 'cpu' cannot run here: {reason}")
+        processes = _processes(mesh, spec)  # [slice, device of the axis]
+        self.uid = _new_uid(mesh, spec)
+        here = jax.process_index() if mesh is not None else 0
+        self._lib.open_group(
+            self.uid, spec.num_devices, processes.shape[0], spec.timeout, processes.tolist(), here
+        )
+        if (processes != here).any():
+            _join(self._lib, self.uid, spec, sorted(set(processes.ravel().tolist())), here)
+
+    def close(self) -> None:
+        self._lib.close_group(self.uid)
+
+
+def _processes(mesh: jax.sharding.Mesh | None, spec: GroupSpec) -> np.ndarray:
+    """The process of every device, as [slice, device of the expert axis]."""
+    if mesh is None:
+        return np.zeros((1, 1), np.int64)
+    names = list(mesh.axis_names)
+    order = [names.index(a) for a in (*spec.other_axes, *spec.axis)]
+    index = np.vectorize(lambda d: d.process_index, otypes=[np.int64])(mesh.devices)
+    return index.transpose(order).reshape(-1, spec.num_devices)
+
+
+def _new_uid(mesh: jax.sharding.Mesh | None, spec: GroupSpec) -> int:
+    """A number that stands for the group in compiled programs, equal in all of its processes.
+
+    Made from the group's content and how many equal groups came before it, so that programs lower to the same text from one
+    run to the next and processes may also make groups that the others do not have.
+    """
+    devices = [] if mesh is None else [d.id for d in mesh.devices.flat]
+    content = json.dumps([repr(spec), devices])
+    count = _opened[content]
+    _opened[content] += 1
+    low, high = (zlib.crc32(f"{side}{count}{content}".encode()) for side in "lh")
+    return (high & 0x7FFFFFFF) << 32 | low
+
+
+def _join(lib: Any, uid: int, spec: GroupSpec, members: list[int], here: int) -> None:
+    """Map the shared memory of all member processes; returns once every one has mapped every other."""
+    client = _kv_client()
+    timeout_ms = int(spec.timeout * 1000)
+    prefix = f"jaxmoe/cpu/{uid:x}"
+    name = f"/jaxmoe-{os.getpid()}-{uid:x}-{secrets.token_hex(4)}"
+    try:
+        lib.create_segment(uid, name)
+        client.key_value_set(f"{prefix}/{here}", name)
+        for peer in members:
+            if peer != here:
+                lib.map_segment(
+                    uid, peer, client.blocking_key_value_get(f"{prefix}/{peer}", timeout_ms)
+                )
+        client.wait_at_barrier(f"{prefix}/mapped", timeout_ms, process_ids=members)
+    except Exception as error:
+        raise RuntimeError(
+            f"ExpertParallel: process {here} could not join processes {members} within {spec.timeout} s: {error}. All of them "
+            "must make the same groups in the same order, on one host."
+        ) from error
+    finally:
+        lib.unlink_segment(uid)
+
+
+def _kv_client() -> Any:
+    from jax._src import distributed  # no public name for the key-value store in any release so far
+
+    client = distributed.global_state.client
+    if client is None:
+        raise RuntimeError(
+            "ExpertParallel: the mesh spans several processes, but jax.distributed is not initialised. "
+            "Call jax.distributed.initialize first."
+        )
+    return client
