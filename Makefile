@@ -8,8 +8,9 @@ RUN ?= runs/demo
 SANITIZE ?=
 
 BIN = $(VENV)/bin
-NATIVE = $(shell find xla_ffi -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.cmake' -o -name CMakeLists.txt)
 CXX_FILES = $(shell find xla_ffi -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+# The folders stand for sources that came or went.
+NATIVE = $(CXX_FILES) $(shell find xla_ffi -type d -o -name '*.cmake' -o -name CMakeLists.txt)
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: help build demo test lint types format format-check cpp-test bazel smoke-newest clean
@@ -38,6 +39,7 @@ $(VENV)/requirements.stamp: pyproject.toml tools/requirements.py
 $(VENV)/build.stamp: $(VENV)/requirements.stamp $(NATIVE)
 	@echo 'Compiling xla_ffi/ ...'
 	@PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --quiet --no-build-isolation --no-deps -e .
+	@cat $(VENV)/lib/python3*/site-packages/jaxmoe/lib/cuda_library.txt
 	@touch $@
 
 build: $(VENV)/build.stamp

@@ -1,14 +1,23 @@
 # libjaxmoe_cuda.so: the CUDA handlers and kernels, without a Python symbol, so that Python can load it
 # (ctypes) only where a GPU platform exists. Needs nvcc to build and nothing of CUDA to import jaxmoe.
+
+# Says whether the library is built, and why not. pip hides CMake's messages, so the sentence is also
+# installed as jaxmoe/lib/cuda_library.txt, for the Makefile and for the errors of the Python package.
+function(jaxmoe_cuda_status sentence)
+  message(STATUS "jaxmoe: ${sentence}")
+  file(WRITE ${CMAKE_CURRENT_BINARY_DIR}/cuda_library.txt "${sentence}\n")
+  install(FILES ${CMAKE_CURRENT_BINARY_DIR}/cuda_library.txt DESTINATION jaxmoe/lib)
+endfunction()
+
 if(NOT JAXMOE_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "jaxmoe: JAXMOE_CUDA is '${JAXMOE_CUDA}', must be AUTO, ON or OFF")
 endif()
 if(JAXMOE_CUDA STREQUAL "OFF")
-  message(STATUS "jaxmoe: no CUDA library, because JAXMOE_CUDA=OFF")
+  jaxmoe_cuda_status("CUDA library not built, because of JAXMOE_CUDA=OFF")
   return()
 endif()
 if(NOT JAXMOE_CUDA_SOURCES)
-  message(STATUS "jaxmoe: no CUDA library, because xla_ffi/cuda holds no sources yet")
+  jaxmoe_cuda_status("CUDA library not built, because xla_ffi/cuda holds no sources yet")
   return()
 endif()
 
@@ -16,9 +25,13 @@ include(CheckLanguage)
 check_language(CUDA)
 if(NOT CMAKE_CUDA_COMPILER)
   if(JAXMOE_CUDA STREQUAL "ON")
-    message(FATAL_ERROR "jaxmoe: JAXMOE_CUDA=ON, but nvcc was not found. Put it on PATH or set CUDACXX.")
+    message(FATAL_ERROR
+      "jaxmoe: JAXMOE_CUDA=ON, but there is no working nvcc. Put nvcc on PATH or set CUDACXX to it.")
   endif()
-  message(STATUS "jaxmoe: no CUDA library, because nvcc was not found. To build it, put nvcc on PATH or set CUDACXX.")
+  # check_language keeps its failure in the cache: without this an nvcc installed later goes unseen.
+  unset(CMAKE_CUDA_COMPILER CACHE)
+  jaxmoe_cuda_status(
+    "CUDA library not built, because nvcc was not found. To have it, put nvcc on PATH or set CUDACXX, and install again")
   return()
 endif()
 
@@ -39,4 +52,5 @@ if(JAXMOE_WERROR)
   target_compile_options(jaxmoe_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>)
 endif()
 install(TARGETS jaxmoe_cuda LIBRARY DESTINATION jaxmoe/lib)
-message(STATUS "jaxmoe: CUDA library for ${CMAKE_CUDA_ARCHITECTURES} with ${CMAKE_CUDA_COMPILER}")
+jaxmoe_cuda_status(
+  "CUDA library built for ${CMAKE_CUDA_ARCHITECTURES} with CUDA ${CMAKE_CUDA_COMPILER_VERSION}")
