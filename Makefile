@@ -91,5 +91,5 @@ smoke: build
 	$(BIN)/python -m pytest -n 2 -m smoke
 
 clean:
+	if [ -e build/bazel-out ]; then bazel clean --expunge; fi
 	rm -rf .venv .venv-newest build dist .mypy_cache .pytest_cache .ruff_cache
-	if command -v bazel >/dev/null && [ -e bazel-out ]; then bazel clean --expunge; fi
