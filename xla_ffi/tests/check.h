@@ -5,8 +5,11 @@
 #ifndef JAXMOE_XLA_FFI_TESTS_CHECK_H_
 #define JAXMOE_XLA_FFI_TESTS_CHECK_H_
 
+#include <cstddef>
+#include <ostream>
 #include <sstream>
 #include <string>
+#include <vector>
 
 namespace jaxmoe::testing {
 
@@ -16,11 +19,29 @@ bool Register(const char* name, void (*run)());
 // Records a failed check of the running test. Any thread may call it.
 void Fail(const char* file, int line, const std::string& message);
 
+template <typename T>
+void Print(std::ostream& out, const T& value) {
+  out << value;
+}
+
+template <typename T>
+void Print(std::ostream& out, const std::vector<T>& values) {
+  out << "{";
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (i > 0) out << ", ";
+    Print(out, values[i]);
+  }
+  out << "}";
+}
+
 template <typename A, typename B>
 void CheckEq(const A& got, const B& want, const char* expression, const char* file, int line) {
   if (got == want) return;
   std::ostringstream message;
-  message << expression << ": got " << got << ", want " << want;
+  message << expression << ": got ";
+  Print(message, got);
+  message << ", want ";
+  Print(message, want);
   Fail(file, line, message.str());
 }
 
@@ -36,7 +57,7 @@ void CheckEq(const A& got, const B& want, const char* expression, const char* fi
     if (!(condition)) jaxmoe::testing::Fail(__FILE__, __LINE__, #condition); \
   } while (false)
 
-// Equality of two printable values, both printed when they differ.
+// Equality of two printable values, or vectors of them; both are printed when they differ.
 #define CHECK_EQ(got, want) \
   jaxmoe::testing::CheckEq((got), (want), #got " == " #want, __FILE__, __LINE__)
 
