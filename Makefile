@@ -45,7 +45,7 @@ $(VENV)/build.stamp: $(VENV)/requirements.stamp $(NATIVE)
 build: $(VENV)/build.stamp
 
 demo: build
-	$(BIN)/python examples/pretrain.py --preset demo --out $(RUN)
+	$(BIN)/python examples/pretrain.py --preset demo --run-dir $(RUN) --overwrite
 	$(BIN)/python examples/decode.py $(RUN) --prompt "def "
 
 test: build
