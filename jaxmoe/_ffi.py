@@ -1,7 +1,8 @@
 """The custom calls: the only file that touches `jax.ffi`.
 
-One registered name per operation; each platform registers its own implementation under it. The static configuration of
-a call crosses as one struct attribute, `CONFIG_FIELDS`, which `xla_ffi/common/config.h` declares again.
+One registered name per operation; each platform registers its own implementation under it. The
+static configuration of a call crosses as one struct attribute, `CONFIG_FIELDS`, which
+`xla_ffi/common/config.h` declares again.
 """
 
 from __future__ import annotations
@@ -20,13 +21,18 @@ from jaxmoe.plan import Plan
 if TYPE_CHECKING:
     from jaxmoe.group import ExpertParallel
 
-CONFIG_FIELDS = ("group", "site", "num_devices", "num_experts")
+CONFIG_FIELDS = ("group", "site", "num_devices", "num_experts", "top_k")
 TARGETS = ("jaxmoe_dispatch", "jaxmoe_combine", "jaxmoe_dispatch_grad", "jaxmoe_combine_grad")
 I32, F32 = jnp.int32, jnp.float32
 
 
-def register(handlers: dict[str, Any], platform: str) -> None:
-    """Make a library's handlers known to XLA. `handlers` maps each of `TARGETS` to its capsule(s)."""
+def register(handlers: dict[str, Any], types: dict[str, Any], platform: str) -> None:
+    """Make a library's handlers known to XLA, and before them the types of the state they keep.
+
+    `handlers` maps each of `TARGETS` to its capsules by stage.
+    """
+    for name, registration in types.items():
+        jax.ffi.register_ffi_type(name, registration, platform=platform)
     for target in TARGETS:
         jax.ffi.register_ffi_target(target, handlers[target], platform=platform)
 
@@ -123,6 +129,7 @@ def _call(
         "site": np.int64(site),
         "num_devices": np.int64(group.num_devices),
         "num_experts": np.int64(group.num_experts),
+        "top_k": np.int64(group.top_k),
     }
     # Typed like an operand: a bare ShapeDtypeStruct would be taken as equal on all devices.
     like = jax.typeof(operands[0])

@@ -18,7 +18,8 @@ def varying_axes(a: Any) -> frozenset[str]:
 
 
 def vary_alike(tree: Tree, axes: Iterable[str] = ()) -> Tree:
-    """`tree` with all its arrays typed as varying over `axes` and the axes that any of them varies over.
+    """`tree` with all its arrays typed as varying over `axes` and the axes that any of them varies
+    over.
 
     An array that was equal on the devices of an axis has its gradient summed over that axis.
     """

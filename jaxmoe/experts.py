@@ -1,8 +1,10 @@
 """The experts' computation: SwiGLU over rows that are grouped by expert.
 
-Two backends. "blocked" walks over blocks of rows that belong to one expert, in a loop whose length depends on the
-data: work and memory follow the rows in use, not the capacity. "ragged_dot" is `jax.lax.ragged_dot`, which XLA lowers to a
-dense product over all experts on the host (L times the work there).
+Two backends. "blocked" walks over blocks of rows that belong to one expert, in a loop whose length
+depends on the
+data: work and memory follow the rows in use, not the capacity. "ragged_dot" is
+  `jax.lax.ragged_dot`, which XLA lowers to a dense product over all experts on the host (L times
+  the work there).
 """
 
 from __future__ import annotations

@@ -39,27 +39,31 @@ class GroupSpec:
 class ExpertParallel:
     """A group of devices that share the experts of one or more MoE layers.
 
-    Expert e lives on device `e // (num_experts / R)` of the mesh axis, where R is that axis' size. On
-    a mesh with further axes there is one exchange group per slice along `axis`. A group is cheap to
-    make, holds no parameters, and any number of layers and of groups live side by side.
+    Expert e lives on device `e // (num_experts / R)` of the mesh axis, where R is that axis' size.
+    On a mesh with further axes there is one exchange group per slice along `axis`. A group is
+    cheap to make, holds no parameters, and any number of layers and of groups live side by side.
 
     Args:
-      mesh: the `jax.sharding.Mesh` of the enclosing `jax.shard_map`, or None for a single device (R = 1).
+      mesh: the `jax.sharding.Mesh` of the enclosing `jax.shard_map`, or None for a single device
+        (R = 1).
       axis: the mesh axis, or axes in major-to-minor order, over which experts are spread.
       num_experts: E, experts in all; a multiple of R.
       top_k: K, choices per token.
       dim: D, width of a token.
-      max_tokens: most tokens T per device in one call. Any T up to it may be used, also different ones
-        in different calls, but all devices of one call use the same T (mask with expert id -1).
-      capacity_factor: None gives every device the worst case of R * T * K rows, so that nothing is ever
-        dropped. A number gives `ceil(capacity_factor * T * K)` rows; 1.0 is what balanced routing needs.
-        See `dispatch` for which choices are dropped when that is too little.
+      max_tokens: most tokens T per device in one call. Any T up to it may be used, also different
+        ones in different calls, but all devices of one call use the same T (mask with expert id
+        -1).
+      capacity_factor: None gives every device the worst case of R * T * K rows, so that nothing is
+        ever dropped. A number gives `ceil(capacity_factor * T * K)` rows; 1.0 is what balanced
+        routing needs. See `dispatch` for which choices are dropped when that is too little.
       dtype: of tokens and rows: bfloat16, float16 or float32.
       wire_dtype: must be None; tokens travel in `dtype`.
       transport: "cpu" (this library's custom calls on the host platform), "xla" (plain `jax.lax`
-        collectives, any backend; also the reference) or "auto". `group.transport` says what was picked.
+        collectives, any backend; also the reference) or "auto". `group.transport` says what was
+        picked.
       num_sms: must be None on the transports above, which use no GPU kernels of this library.
-      timeout: seconds that a device waits for its peers before the call fails with an error that names them.
+      timeout: seconds that a device waits for its peers before the call fails with an error that
+        names them.
 
     Raises:
       ValueError: for sizes, axes or options that do not fit; the message says what to use instead.
@@ -134,8 +138,10 @@ class ExpertParallel:
         s = self.spec
         state = ", closed" if self.closed else ""
         return (
-            f"ExpertParallel(axis={s.axis}, num_devices={s.num_devices}, num_experts={s.num_experts}, "
-            f"top_k={s.top_k}, dim={s.dim}, max_tokens={s.max_tokens}, capacity_factor={s.capacity_factor}, "
+            f"ExpertParallel(axis={s.axis}, num_devices={s.num_devices}, "
+            f"num_experts={s.num_experts}, "
+            f"top_k={s.top_k}, dim={s.dim}, max_tokens={s.max_tokens}, "
+            f"capacity_factor={s.capacity_factor}, "
             f"dtype={s.dtype}, transport={self.transport!r}{state})"
         )
 
@@ -184,18 +190,22 @@ def _check_sizes(
         )
         fits = [r for r in range(1, num_experts + 1) if num_experts % r == 0]
         raise ValueError(
-            f"ExpertParallel: num_experts ({num_experts}) must be divisible by the {num_devices} devices of "
-            f"mesh axis {axes[0] if len(axes) == 1 else axes!r}. Use {below or above} or {above} experts, "
+            f"ExpertParallel: num_experts ({num_experts}) must be divisible by the {num_devices} "
+            f"devices of "
+            f"mesh axis {axes[0] if len(axes) == 1 else axes!r}. Use {below or above} or {above} "
+            f"experts, "
             f"or that many devices: {', '.join(map(str, fits))}."
         )
     if top_k > num_experts:
         raise ValueError(
-            f"ExpertParallel: top_k ({top_k}) is more than num_experts ({num_experts}). A token chooses "
+            f"ExpertParallel: top_k ({top_k}) is more than num_experts ({num_experts}). A token "
+            f"chooses "
             "distinct experts: lower top_k or add experts."
         )
     if num_devices * max_tokens * top_k >= 2**31:
         raise ValueError(
-            f"ExpertParallel: {num_devices} devices x max_tokens ({max_tokens}) x top_k ({top_k}) choices do not "
+            f"ExpertParallel: {num_devices} devices x max_tokens ({max_tokens}) x top_k "
+            f"({top_k}) choices do not "
             "fit 32-bit indices. Lower max_tokens and call with the batch in parts."
         )
 
@@ -205,7 +215,8 @@ def _check_options(
 ) -> None:
     if capacity_factor is not None and not (math.isfinite(capacity_factor) and capacity_factor > 0):
         raise ValueError(
-            f"ExpertParallel: capacity_factor must be a positive number or None, got {capacity_factor!r}. "
+            f"ExpertParallel: capacity_factor must be a positive number or None, got "
+            f"{capacity_factor!r}. "
             "1.0 holds balanced routing exactly; None never drops."
         )
     if wire_dtype is not None:
@@ -214,7 +225,8 @@ def _check_options(
         )
     if num_sms is not None:
         raise ValueError(
-            f"ExpertParallel: num_sms ({num_sms!r}) bounds GPU kernels, and the transports 'cpu' and 'xla' have none. "
+            f"ExpertParallel: num_sms ({num_sms!r}) bounds GPU kernels, and the transports 'cpu' "
+            f"and 'xla' have none. "
             "Leave it None."
         )
     if not (math.isfinite(timeout) and timeout > 0):

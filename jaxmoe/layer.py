@@ -54,7 +54,8 @@ class MoEConfig:
       num_shared_experts: experts that every token passes through, run as one of their joint width.
       shared_hidden_dim: hidden width of one shared expert; None means hidden_dim.
       router: how experts are chosen.
-      token_axes: mesh axes over which tokens are sharded, the expert axes among them; None means all.
+      token_axes: mesh axes over which tokens are sharded, the expert axes among them; None means
+        all.
       site: name of the layer's exchanges, see `jaxmoe.dispatch`.
     """
 
@@ -82,7 +83,8 @@ class MoEConfig:
         left_out = [a for a in self.group.axis if a not in axes]
         if unknown or left_out:
             raise ValueError(
-                f"MoE: token_axes {axes} must be axes of the group's mesh {tuple(names)} and include its "
+                f"MoE: token_axes {axes} must be axes of the group's mesh {tuple(names)} and "
+                f"include its "
                 f"expert axis {self.group.axis}: every device routes its own tokens."
             )
         object.__setattr__(self, "token_axes", axes)
@@ -137,15 +139,18 @@ def moe_layer(
 ) -> tuple[Float[Array, "*tokens D"], MoEStats]:
     """`y = sum over chosen experts of weight * SwiGLU_e(x) + SwiGLU_shared(x)`.
 
-    Outside `jax.shard_map`, `x` is a global array whose first dimension is a multiple of the token shards,
-    and `params` are global; inside a `jax.shard_map` over the group's mesh both are this device's shards.
+    Outside `jax.shard_map`, `x` is a global array whose first dimension is a multiple of the token
+    shards, and `params` are global; inside a `jax.shard_map` over the group's mesh both are this
+    device's shards.
 
     Args:
       config: the static part.
       params: arrays as in `param_specs`.
-      x: [..., D] tokens; cast to `group.dtype`. With three or more dimensions the last but one is the sequence.
+      x: [..., D] tokens; cast to `group.dtype`. With three or more dimensions the last but one is
+        the sequence.
       bias: [E] selection bias of the router, or None.
-      mask: [...] True for real tokens; the others go to no expert and get the shared experts' output only.
+      mask: [...] True for real tokens; the others go to no expert and get the shared experts'
+        output only.
       key: for the router's jitter; None switches jitter off (evaluation).
 
     Returns:
@@ -154,7 +159,8 @@ def moe_layer(
     group = config.group
     if x.ndim < 2 or x.shape[-1] != group.dim:
         raise ValueError(
-            f"MoE: x must have shape [..., {group.dim}] with at least two dimensions, got {list(x.shape)}."
+            f"MoE: x must have shape [..., {group.dim}] with at least two dimensions, got "
+            f"{list(x.shape)}."
         )
     if mask is not None and mask.shape != x.shape[:-1]:
         raise ValueError(f"MoE: mask must have shape {list(x.shape[:-1])}, got {list(mask.shape)}.")
@@ -178,8 +184,10 @@ def _sharded(config: MoEConfig, body: Any) -> Any:
     def call(params: Params, x: Any, bias: Any, mask: Any, key: Any) -> Any:
         if x.shape[0] % config.num_token_shards:
             raise ValueError(
-                f"MoE: the first dimension of x ({x.shape[0]}) must be a multiple of the {config.num_token_shards} "
-                f"devices of mesh axes {config.token_axes} that share the tokens. Pad the batch and pass a mask."
+                f"MoE: the first dimension of x ({x.shape[0]}) must be a multiple of the "
+                f"{config.num_token_shards} "
+                f"devices of mesh axes {config.token_axes} that share the tokens. Pad the batch "
+                f"and pass a mask."
             )
         in_specs = ({k: specs[k] for k in params}, tokens, PartitionSpec(), tokens, PartitionSpec())
         mapped = jax.shard_map(

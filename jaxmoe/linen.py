@@ -17,8 +17,8 @@ from jaxmoe.routing import RouterConfig
 class MoE(nn.Module):
     """A Mixture-of-Experts layer for Linen; see `jaxmoe.MoE` for what it computes and its options.
 
-    Parameters are in the collection "params", boxed with their partitioning over the expert axis when
-    the group has a mesh. With `use_bias=True` the selection bias is "bias" in the collection
+    Parameters are in the collection "params", boxed with their partitioning over the expert axis
+    when the group has a mesh. With `use_bias=True` the selection bias is "bias" in the collection
     "router"; update it with `jaxmoe.update_bias` between steps.
     """
 

@@ -21,13 +21,13 @@ class RouterBias(nnx.Variable):
 class MoE(nnx.Module):
     """A Mixture-of-Experts layer: `y = sum_k weight_k SwiGLU_{e_k}(x) + SwiGLU_shared(x)`.
 
-    Under `jax.jit` call it on global arrays; it runs its exchanges under a `jax.shard_map` of its own. Inside
-    a `jax.shard_map` over the group's mesh, call it on the device's shards. Without a mesh it
-    runs on one device.
+    Under `jax.jit` call it on global arrays; it runs its exchanges under a `jax.shard_map` of its
+    own. Inside a `jax.shard_map` over the group's mesh, call it on the device's shards. Without a
+    mesh it runs on one device.
 
-    Parameters (E experts, D = group.dim, F = hidden_dim): `router` [D, E]; `gate`, `up` [E, D, F] and `down`
-    [E, F, D], sharded over the expert axis; `shared_gate`, `shared_up`, `shared_down` with shared experts;
-    `router_bias` [E] (a `RouterBias`) with `use_bias=True`.
+    Parameters (E experts, D = group.dim, F = hidden_dim): `router` [D, E]; `gate`, `up` [E, D, F]
+    and `down` [E, F, D], sharded over the expert axis; `shared_gate`, `shared_up`, `shared_down`
+    with shared experts; `router_bias` [E] (a `RouterBias`) with `use_bias=True`.
 
     Args:
       group: devices, sizes, dtype of the computation and transport; share it among layers.
@@ -35,7 +35,8 @@ class MoE(nnx.Module):
       num_shared_experts: experts that every token passes through.
       shared_hidden_dim: hidden width of one of these; None means hidden_dim.
       router: how experts are chosen (`RouterConfig`).
-      use_bias: give the router a selection bias for balancing without an auxiliary loss (DeepSeek-V3).
+      use_bias: give the router a selection bias for balancing without an auxiliary loss
+        (DeepSeek-V3).
       param_dtype: dtype of the parameters; they are cast to `group.dtype` for the computation.
       token_axes: mesh axes over which tokens are sharded; None means all axes of the mesh.
       rngs: for the initial values (stream "params").
@@ -79,8 +80,8 @@ class MoE(nnx.Module):
         """The layer's output, shaped and typed like `x`, and its statistics.
 
         Args:
-          x: [..., D]; the first dimension is a multiple of the devices that share the tokens. With three or more dimensions
-            the last but one is the sequence (for `sequence_loss`).
+          x: [..., D]; the first dimension is a multiple of the devices that share the tokens. With
+            three or more dimensions the last but one is the sequence (for `sequence_loss`).
           mask: [...] True for real tokens. The others get the shared experts' output only.
           key: for the router's jitter; None switches it off.
         """

@@ -29,31 +29,35 @@ def dispatch(
 ) -> tuple[Float[Array, "C D"], Float32[Array, " C"], Plan]:
     """Send every token to the devices of its experts.
 
-    Row r of device d is `x[t]` of the source device s whose choice (s, t, k) is the r-th of all choices
-    for d's experts in the order (local expert, s, t, k). The order is part of the contract: equal inputs give
-    equal bits in every run and on every transport.
+    Row r of device d is `x[t]` of the source device s whose choice (s, t, k) is the r-th of all
+    choices for d's experts in the order (local expert, s, t, k). The order is part of the
+    contract: equal inputs give equal bits in every run and on every transport.
 
-    If more than C = `group.capacity(T)` choices are addressed to a device, those are kept that come first
-    in the order (k, t, s): higher-ranked choices of all tokens before lower-ranked ones, no source
-    device favoured. `plan.num_dropped` counts the others; they contribute nothing to `combine`.
+    If more than C = `group.capacity(T)` choices are addressed to a device, those are kept that
+    come first in the order (k, t, s): higher-ranked choices of all tokens before lower-ranked
+    ones, no source device favoured. `plan.num_dropped` counts the others; they contribute nothing
+    to `combine`.
 
     Differentiable in `x` and `weights`; `vmap` runs the batch one after the other.
 
     Args:
       group: the expert-parallel group; its mesh is that of the enclosing `jax.shard_map`.
-      x: [T, D] tokens of this device in `group.dtype`, T <= group.max_tokens and equal on all devices.
+      x: [T, D] tokens of this device in `group.dtype`, T <= group.max_tokens and equal on all
+        devices.
       expert_ids: [T, K] int32 experts of each token, best first; -1 is no expert. An id below -1 or
         >= num_experts is treated as -1 and counted in `plan.num_invalid`.
       weights: [T, K] float32, what `combine` multiplies each row with.
-      site: a name for this call, the same on all devices. Calls in one program that do not depend on each
-        other need different names when they stem from the same line of code; everybody else leaves it None.
+      site: a name for this call, the same on all devices. Calls in one program that do not depend
+        on each other need different names when they stem from the same line of code; everybody
+        else leaves it None.
 
     Returns:
       rows [C, D], zero from `plan.num_rows` on; row_weights [C] float32, likewise; the `Plan`.
 
     Raises:
-      ValueError: at trace time for shapes, dtypes, meshes and closed groups, saying what was got and wanted.
-      jax.errors.JaxRuntimeError: at run time when a peer did not arrive within `group.timeout`.
+      ValueError: at trace time for shapes, dtypes, meshes and closed groups, saying what was got
+        and wanted. jax.errors.JaxRuntimeError: at run time when a peer did not arrive within
+        `group.timeout`.
     """
     _check_usable("dispatch", group)
     _check_tokens(group, x, expert_ids, weights)
@@ -69,11 +73,12 @@ def combine(
     *,
     site: str | None = None,
 ) -> Float[Array, "T D"]:
-    """Bring the experts' rows back to their tokens: `y[t] = sum_k weights[t, k] * expert_rows[row of (t, k)]`.
+    """Bring the experts' rows back to their tokens: `y[t] = sum_k weights[t, k] * expert_rows[row
+    of (t, k)]`.
 
     Summed in float32 in a fixed order (`jaxmoe.reference` writes it down), so the result is
-    reproducible bit for bit. Choices that were dropped or have id -1 add nothing; rows from `plan.num_rows` on
-    are not read. Differentiable in `expert_rows` and `row_weights`.
+    reproducible bit for bit. Choices that were dropped or have id -1 add nothing; rows from
+    `plan.num_rows` on are not read. Differentiable in `expert_rows` and `row_weights`.
 
     Args:
       group: the group that made the plan.
@@ -94,13 +99,13 @@ def combine(
     return _combine(group, _site_id(site), expert_rows, row_weights, plan)
 
 
-# Gradients. With G the 0/1 matrix that copies tokens to rows (`rows = G x`, kept choices only), g the one that
-# copies the weights of choices (`row_weights = g w`) and S = diag(row_weights):
-#   dispatch:  d_x = G^T d_rows                 (an unweighted combine)     d_w = g^T d_row_weights
-#   combine:   y = G^T S e, hence d_e = S G d_y (a cached dispatch times the weights)
-#              d_row_weights[r] = <(G d_y)[r], e[r]>                          (a dot product per row)
-# G and g depend on expert_ids only, which are integers and take no gradient. The plan, being their encoding,
-# takes none either.
+# Gradients. With G the 0/1 matrix that copies tokens to rows (`rows = G x`, kept choices only), g
+# the one that copies the weights of choices (`row_weights = g w`) and S = diag(row_weights):
+# dispatch:  d_x = G^T d_rows                 (an unweighted combine)     d_w = g^T d_row_weights
+# combine:   y = G^T S e, hence d_e = S G d_y (a cached dispatch times the weights)
+# d_row_weights[r] = <(G d_y)[r], e[r]>                          (a dot product per row) G and g
+# depend on expert_ids only, which are integers and take no gradient. The plan, being their
+# encoding, takes none either.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -150,10 +155,11 @@ _combine.defvjp(_combine_fwd, _combine_bwd)
 
 
 def _site_id(site: str | None) -> int:
-    """A number for a call that is the same in every process and, mostly, different for different calls.
+    """A number for a call that is the same in every process and, mostly, different for different
+    calls.
 
-    Devices pair their calls by it. Without a name it is made from the lines of code that lead here, which, unlike a
-    counter, does not depend on what else a process has traced before.
+    Devices pair their calls by it. Without a name it is made from the lines of code that lead
+    here, which, unlike a counter, does not depend on what else a process has traced before.
     """
     if site is None:
         site = _caller_lines()
@@ -187,14 +193,17 @@ def _check_usable(op: str, group: ExpertParallel) -> None:
             f"the mesh here is {dict(current.shape)}" if current.shape else "there is no mesh here"
         )
         raise ValueError(
-            f"{op}: the group belongs to a mesh of axes {sizes}, but {where}. Call it inside jax.shard_map over "
+            f"{op}: the group belongs to a mesh of axes {sizes}, but {where}. Call it inside "
+            f"jax.shard_map over "
             "group.mesh, or make the group with the mesh that you use."
         )
     loose = [a for a in sizes if a not in current.manual_axes and (sizes[a] > 1 or a in group.axis)]
     if loose:
         raise ValueError(
-            f"{op}: must run inside a jax.shard_map that is manual over every axis of the group's mesh; here {loose} "
-            "are not. Wrap the call in jax.shard_map(..., mesh=group.mesh) and leave axis_names at its default."
+            f"{op}: must run inside a jax.shard_map that is manual over every axis of the "
+            f"group's mesh; here {loose} "
+            "are not. Wrap the call in jax.shard_map(..., mesh=group.mesh) and leave axis_names "
+            "at its default."
         )
 
 
@@ -208,7 +217,8 @@ def _check_array(op: str, name: str, a: Any, shape: tuple[int | str, ...], dtype
         raise ValueError(f"{op}: {name} must have shape [{want}], got {list(got)}.")
     if jnp.result_type(a) != jnp.dtype(dtype):
         raise ValueError(
-            f"{op}: {name} must be {jnp.dtype(dtype).name}, got {jnp.result_type(a).name}. Cast it with "
+            f"{op}: {name} must be {jnp.dtype(dtype).name}, got {jnp.result_type(a).name}. Cast "
+            f"it with "
             f"{name}.astype(jnp.{jnp.dtype(dtype).name})"
             + (", or make the group with that dtype." if name in ("x", "expert_rows") else ".")
         )
@@ -234,7 +244,8 @@ def _check_rows(group: ExpertParallel, expert_rows: Any, row_weights: Any, plan:
     num_devices, num_tokens, top_k = plan.row_map.shape
     if (num_devices, top_k) != (group.num_devices, group.top_k):
         raise ValueError(
-            f"combine: the plan is of a group with {num_devices} devices and top_k={top_k}, this group has "
+            f"combine: the plan is of a group with {num_devices} devices and top_k={top_k}, this "
+            f"group has "
             f"{group.num_devices} and {group.top_k}. Pass the group that made the plan."
         )
     rows = group.capacity(num_tokens)

@@ -15,7 +15,8 @@ class Plan:
 
     A *choice* is one (token, k) pair of a device's `expert_ids`. T tokens per device, K choices per
     token, R devices of the expert axis, L local experts, C rows of the expert buffer. There is no
-    state behind a plan: it may be copied, moved, saved, rematerialised and used any number of times.
+    state behind a plan: it may be copied, moved, saved, rematerialised and used any number of
+      times.
 
     Attributes:
       group_sizes: [L] rows of each local expert; the sum is `num_rows`.
@@ -26,7 +27,8 @@ class Plan:
         num_experts. They are treated as -1.
       row_map: [R, T, K] the row of this device that holds choice k of token t of source device s;
         -1 if that choice is not here (another device's expert, masked or dropped).
-      row_source: [C] the inverse: `(s * T + t) * K + k` of the choice in a row; -1 from `num_rows` on.
+      row_source: [C] the inverse: `(s * T + t) * K + k` of the choice in a row; -1 from `num_rows`
+        on.
       choice_device: [T, K] device on the expert axis that was asked for this device's choices;
         -1 for a masked or invalid one. A dropped choice keeps its device.
     """

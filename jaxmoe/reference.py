@@ -7,13 +7,13 @@ Layout rules
   Rows of a device are ordered by (local expert, source device, token, choice).
 Capacity rule
   A device has C rows. Of all choices addressed to it, the first C in the order (choice k, token t,
-  source device s) are kept: every token's first choice goes before any token's second one, and no source
-  device is favoured. The others are dropped.
+  source device s) are kept: every token's first choice goes before any token's second one, and no
+  source device is favoured. The others are dropped.
 Summation rule
-  A device sums a token's rows over k = 0 … K-1 in float32 (product first, then the sum, each rounded),
-  rounds the partial sum to the row dtype if it travels to another device, and the token's owner adds
-  the partial sums in float32 over devices 0 … R-1 and rounds once to the row dtype. With one device
-  there is no rounding in between.
+  A device sums a token's rows over k = 0 … K-1 in float32 (product first, then the sum, each
+  rounded), rounds the partial sum to the row dtype if it travels to another device, and the
+  token's owner adds the partial sums in float32 over devices 0 … R-1 and rounds once to the row
+  dtype. With one device there is no rounding in between.
 """
 
 from __future__ import annotations

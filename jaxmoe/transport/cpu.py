@@ -1,7 +1,8 @@
 """`transport="cpu"`: loading the host library, and what one group opens of it.
 
-Within a process devices read each other's buffers directly. Across the processes of a host (`jax.distributed`) each process
-copies what its peers need into a shared-memory segment; names and readiness travel through the key-value store.
+Within a process devices read each other's buffers directly. Across the processes of a host
+(`jax.distributed`) each process copies what its peers need into a shared-memory segment; names and
+readiness travel through the key-value store.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def _load() -> tuple[Any, str]:
         )
     from jaxmoe import _ffi
 
-    _ffi.register(_cpu.handlers(), platform="cpu")
+    jax.devices("cpu")  # on the host platform XLA takes types only once the client exists
+    _ffi.register(_cpu.handlers(), {"jaxmoe_call": _cpu.state_type()}, platform="cpu")
     return _cpu, ""
 
 
@@ -56,9 +58,7 @@ class CpuGroup:
         processes = _processes(mesh, spec)  # [slice, device of the axis]
         self.uid = _new_uid(mesh, spec)
         here = jax.process_index() if mesh is not None else 0
-        self._lib.open_group(
-            self.uid, spec.num_devices, processes.shape[0], spec.timeout, processes.tolist(), here
-        )
+        self._lib.open_group(self.uid, spec.timeout, processes.tolist(), here)
         if (processes != here).any():
             _join(self._lib, self.uid, spec, sorted(set(processes.ravel().tolist())), here)
 
@@ -79,8 +79,9 @@ def _processes(mesh: jax.sharding.Mesh | None, spec: GroupSpec) -> np.ndarray:
 def _new_uid(mesh: jax.sharding.Mesh | None, spec: GroupSpec) -> int:
     """A number that stands for the group in compiled programs, equal in all of its processes.
 
-    Made from the group's content and how many equal groups came before it, so that programs lower to the same text from one
-    run to the next and processes may also make groups that the others do not have.
+    Made from the group's content and how many equal groups came before it, so that programs lower
+    to the same text from one run to the next and processes may also make groups that the others do
+    not have.
     """
     devices = [] if mesh is None else [d.id for d in mesh.devices.flat]
     content = json.dumps([repr(spec), devices])
@@ -97,7 +98,16 @@ def _join(lib: Any, uid: int, spec: GroupSpec, members: list[int], here: int) ->
     prefix = f"jaxmoe/cpu/{uid:x}"
     name = f"/jaxmoe-{os.getpid()}-{uid:x}-{secrets.token_hex(4)}"
     try:
-        lib.create_segment(uid, name)
+        lib.create_segment(
+            uid=uid,
+            name=name,
+            num_devices=spec.num_devices,
+            num_experts=spec.num_experts,
+            max_tokens=spec.max_tokens,
+            top_k=spec.top_k,
+            dim=spec.dim,
+            dtype=spec.dtype,
+        )
         client.key_value_set(f"{prefix}/{here}", name)
         for peer in members:
             if peer != here:
@@ -107,7 +117,8 @@ def _join(lib: Any, uid: int, spec: GroupSpec, members: list[int], here: int) ->
         client.wait_at_barrier(f"{prefix}/mapped", timeout_ms, process_ids=members)
     except Exception as error:
         raise RuntimeError(
-            f"ExpertParallel: process {here} could not join processes {members} within {spec.timeout} s: {error}. All of them "
+            f"ExpertParallel: process {here} could not join processes {members} within "
+            f"{spec.timeout} s: {error}. All of them "
             "must make the same groups in the same order, on one host."
         ) from error
     finally:
@@ -120,7 +131,8 @@ def _kv_client() -> Any:
     client = distributed.global_state.client
     if client is None:
         raise RuntimeError(
-            "ExpertParallel: the mesh spans several processes, but jax.distributed is not initialised. "
+            "ExpertParallel: the mesh spans several processes, but jax.distributed is not "
+            "initialised. "
             "Call jax.distributed.initialize first."
         )
     return client
