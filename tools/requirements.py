@@ -19,7 +19,9 @@ def package_requirements(extras: list[str]) -> list[str]:
     if unknown:
         raise SystemExit(f"{PYPROJECT.name} has no extras {unknown}, only {sorted(optional)}")
     chosen = [requirement for extra in extras for requirement in optional[extra]]
-    return table["build-system"]["requires"] + project["dependencies"] + chosen
+    # An environment of its own takes the headers of the jaxlib that it runs with.
+    build = [r for r in table["build-system"]["requires"] if not r.startswith("jaxlib")]
+    return build + project["dependencies"] + chosen
 
 
 def missing_build_tools() -> list[str]:
