@@ -1,0 +1,167 @@
+"""A run's folder: its settings, and checkpoints through orbax."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from presets import RunConfig, SettingsError, from_json, to_json
+
+if TYPE_CHECKING:
+    from flax import nnx
+
+    from training import TrainState
+
+CONFIG_FILE = "config.json"
+METRICS_FILE = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+PICTURES = ("loss.png", "experts.png")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing, damaged or of another run."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands, beside its arrays."""
+
+    data: dict[str, Any]
+    """State of the data iterator."""
+    corpus: str
+    """Fingerprint of the tokens."""
+    vocab_size: int
+
+
+def write_config(config: RunConfig) -> None:
+    """Writes the settings to the run's folder, whole or not at all."""
+    config.folder.mkdir(parents=True, exist_ok=True)
+    temporary = config.folder / f"{CONFIG_FILE}.new"
+    temporary.write_text(json.dumps(to_json(config), indent=2) + "\n")
+    os.replace(temporary, config.folder / CONFIG_FILE)
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The settings of the run in a folder.
+
+    Raises CheckpointError when the folder holds no run, or its settings cannot be read.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        found = "an empty folder" if folder.is_dir() else "no such folder"
+        if folder.is_dir() and any(folder.iterdir()):
+            found = "a folder with: " + ", ".join(sorted(p.name for p in folder.iterdir())[:5])
+        raise CheckpointError(
+            f"{folder} is no run of pretrain.py: {CONFIG_FILE} is missing; found {found}. Give the "
+            "folder that `python examples/pretrain.py --run-dir FOLDER` trained in."
+        )
+    try:
+        return from_json(json.loads(path.read_text()))
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def clear_run(folder: Path) -> None:
+    """Deletes what a run wrote to its folder, and nothing else."""
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    for name in (CONFIG_FILE, METRICS_FILE, *PICTURES):
+        (folder / name).unlink(missing_ok=True)
+
+
+def prepare_folder(config: RunConfig) -> None:
+    """Makes the folder ready for a fresh run, or leaves it be for one that goes on.
+
+    Raises SettingsError when a run is there already and neither --resume nor --overwrite was given,
+    or when there is nothing to resume.
+    """
+    folder = config.folder
+    if config.resume:
+        read_config(folder)
+        return
+    if (folder / CONFIG_FILE).exists():
+        if not config.overwrite:
+            raise SettingsError(
+                f"{folder} holds a run already. Add --resume to go on with it, --overwrite to delete "
+                "it first, or --run-dir to train elsewhere."
+            )
+        clear_run(folder)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SettingsError(
+            f"{folder} is not empty and holds no run. Give --run-dir a new folder, or empty this one."
+        )
+
+
+class Checkpoints:
+    """Saves states in the background, keeps the newest few, reads them back onto any devices."""
+
+    def __init__(self, folder: Path, keep: int | None = None) -> None:
+        """keep: checkpoints that stay, None when only reading."""
+        import orbax.checkpoint as ocp
+
+        self._ocp = ocp
+        self.folder = folder.resolve() / CHECKPOINTS
+        if keep is None and not self.folder.is_dir():
+            raise CheckpointError(
+                f"{folder} has no checkpoint yet: {CHECKPOINTS} is missing. Train on with: python "
+                f"examples/pretrain.py --run-dir {folder} --resume"
+            )
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            create=keep is not None,
+            enable_async_checkpointing=keep is not None,
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: TrainState, position: Position) -> None:
+        """Copies the state off the devices and writes it in the background; atomic by a rename."""
+        args = self._ocp.args
+        self._manager.save(
+            step,
+            args=args.Composite(
+                # Apart, so that decoding reads the model alone.
+                model=args.StandardSave({"params": state.params, "router": state.router}),
+                optimizer=args.StandardSave({"state": state.opt_state, "step": state.step}),
+                position=args.JsonSave(vars(position)),
+            ),
+        )
+
+    def read_position(self, step: int) -> Position:
+        """Where the run stood at a step."""
+        return Position(**self._restore(step, position=self._ocp.args.JsonRestore())["position"])
+
+    def read_model(self, step: int, params: nnx.State, router: nnx.State) -> dict[str, nnx.State]:
+        """`params` and `router` of a step, with the shapes, dtypes and shardings of the arguments."""
+        target = {"params": params, "router": router}
+        return self._restore(step, model=self._ocp.args.StandardRestore(target))["model"]
+
+    def read_state(self, step: int, abstract: TrainState) -> TrainState:
+        """The whole state of a step, with the shapes, dtypes and shardings of `abstract`."""
+        model = self.read_model(step, abstract.params, abstract.router)
+        target = {"state": abstract.opt_state, "step": abstract.step}
+        rest = self._restore(step, optimizer=self._ocp.args.StandardRestore(target))["optimizer"]
+        return type(abstract)(**model, opt_state=rest["state"], step=rest["step"])
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=self._ocp.args.Composite(**items))
+        except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
+            others = [str(s) for s in self.steps() if s != step]
+            raise CheckpointError(
+                f"checkpoint {self.folder / str(step)} cannot be read, it is damaged or of another "
+                f"model: {error}\nOther checkpoints here: {', '.join(others) or 'none'}. "
+                "Delete this one to use the newest of them"
+                + ("." if others else ": there is none, so train again with --overwrite.")
+            ) from error
+
+    def close(self) -> None:
+        """Waits for the writing to end; raises what went wrong in the background."""
+        self._manager.wait_until_finished()
+        self._manager.close()

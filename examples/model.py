@@ -1,0 +1,207 @@
+"""The example's language model: a small decoder-only transformer in the manner of DeepSeek-V3."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int32
+
+import jaxmoe
+from attention import Attention, KVCache, RMSNorm
+from linear import Linear, SwiGLU
+from presets import ModelConfig, SettingsError
+
+
+def compute_dtype(config: ModelConfig) -> jnp.dtype:
+    """The dtype of activations and matmuls; parameters are float32 whatever it is.
+
+    auto is bfloat16 on accelerators and float32 on a CPU. XLA's CPU backend gained nothing from
+    bfloat16 on a 2-core Xeon with AMX: a [4096, 256] x [256, 1024] matmul ran at 251 GFLOP/s in
+    float32 and 201 in bfloat16 (jax 0.10.2); jax 0.12 reached 936 there, but 168 in the backward
+    pass (204 in float32), and elementwise work took three times as long.
+    """
+    if config.dtype != "auto":
+        return jnp.dtype(config.dtype)
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+def make_group(
+    config: ModelConfig, mesh: Mesh | None, *, max_tokens: int, transport: str = "auto"
+) -> jaxmoe.ExpertParallel:
+    """The expert-parallel group that all layers of a model share.
+
+    max_tokens: the most tokens per device in one call of the model.
+    """
+    if mesh is not None and config.num_experts % mesh.shape["expert"]:
+        raise SettingsError(
+            f"model: num_experts ({config.num_experts}) must be divisible by the "
+            f"{mesh.shape['expert']} devices of the expert axis. Change --model.num-experts, "
+            "--devices or --data-parallel."
+        )
+    return jaxmoe.ExpertParallel(
+        mesh,
+        axis="expert",
+        num_experts=config.num_experts,
+        top_k=config.top_k,
+        dim=config.dim,
+        max_tokens=max_tokens,
+        capacity_factor=config.capacity_factor,
+        dtype=compute_dtype(config),
+        transport=transport,
+    )
+
+
+def token_sharding(mesh: Mesh) -> NamedSharding:
+    """Batch rows lie on all devices: those of the expert axis hold different tokens, too."""
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
+def _moe(config: ModelConfig, group: jaxmoe.ExpertParallel, rngs: nnx.Rngs) -> jaxmoe.MoE:
+    return jaxmoe.MoE(
+        group,
+        config.expert_hidden_dim,
+        num_shared_experts=config.num_shared_experts,
+        router=jaxmoe.RouterConfig(
+            score=config.score,
+            normalize=True,
+            scale=config.routed_scale,
+            num_groups=config.num_groups,
+            top_groups=config.top_groups,
+            jitter=config.jitter,
+        ),
+        use_bias=True,
+        rngs=rngs,
+    )
+
+
+class Block(nnx.Module):
+    """x += attention(norm(x)); x += feed_forward(norm(x)), dense or a mixture of experts."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        group: jaxmoe.ExpertParallel | None,
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """group: None for a dense layer."""
+        self.attention_norm = RMSNorm(config.dim)
+        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.feed_forward_norm = RMSNorm(config.dim)
+        self.is_moe = group is not None
+        if group is None:
+            self.feed_forward = SwiGLU(config, dtype=dtype, rngs=rngs)
+        else:
+            self.feed_forward = _moe(config, group, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        positions: Int32[Array, "B S"],
+        cache: KVCache | None,
+        mask: Bool[Array, "B S"] | None,
+        key: jax.Array | None,
+    ) -> tuple[Float[Array, "B S D"], KVCache | None, jaxmoe.MoEStats | None]:
+        y, cache = self.attention(self.attention_norm(x), positions, cache)
+        x = x + y
+        y = self.feed_forward_norm(x)
+        if not self.is_moe:
+            return x + self.feed_forward(y), cache, None
+        y, stats = self.feed_forward(y, mask=mask, key=key)
+        return x + y, cache, stats
+
+
+class Output(NamedTuple):
+    """What a model call returns."""
+
+    logits: Float[Array, "B S V"]
+    """float32"""
+    stats: jaxmoe.MoEStats
+    """Load and losses, stacked over the MoE layers: each field has them as its first dimension."""
+    caches: tuple[KVCache | None, ...]
+    """One per layer; Nones in a call without caches."""
+
+
+class Transformer(nnx.Module):
+    """Token ids to next-token logits, in training (no cache) and in decoding (with caches)."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        group: jaxmoe.ExpertParallel,
+        *,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.config = config
+        self.mesh = group.mesh
+        dtype = group.dtype
+        init = nnx.initializers.normal(config.init_std)
+        self.embed = nnx.Embed(
+            vocab_size, config.dim, embedding_init=init, dtype=dtype, rngs=rngs
+        )
+        self.blocks = nnx.List(
+            [
+                Block(config, group if i >= config.num_dense_layers else None, dtype=dtype, rngs=rngs)
+                for i in range(config.num_layers)
+            ]
+        )
+        self.norm = RMSNorm(config.dim)
+        self.head = (
+            None
+            if config.tie_embeddings
+            else Linear(config.dim, vocab_size, std=config.init_std, dtype=dtype, rngs=rngs)
+        )
+
+    def __call__(
+        self,
+        tokens: Int32[Array, "B S"],
+        *,
+        positions: Int32[Array, "B S"] | None = None,
+        caches: tuple[KVCache, ...] | None = None,
+        mask: Bool[Array, "B S"] | None = None,
+        key: jax.Array | None = None,
+    ) -> Output:
+        """Logits of the token after each of `tokens`.
+
+        positions: of the tokens in their rows; None: 0, 1, ..., S - 1. Along S they grow by one.
+        caches: keys and values of earlier positions, one per layer; the new ones come back.
+        mask: False for tokens that the experts must leave out (padding); their logits mean nothing.
+        key: for the router's jitter; None where there is none, that is everywhere but in training.
+        """
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        x = self.embed(tokens)
+        if self.mesh is not None:
+            x = jax.lax.with_sharding_constraint(x, token_sharding(self.mesh))
+        # A cached call has no backward pass to save memory for.
+        remat = self.config.remat and caches is None
+        call = nnx.remat(Block.__call__) if remat else Block.__call__
+        new_caches, stats = [], []
+        for i, block in enumerate(self.blocks):
+            cache = None if caches is None else caches[i]
+            layer_key = None if key is None else jax.random.fold_in(key, i)
+            x, cache, layer_stats = call(block, x, positions, cache, mask, layer_key)
+            new_caches.append(cache)
+            if layer_stats is not None:
+                stats.append(layer_stats)
+        return Output(
+            self._logits(self.norm(x)),
+            jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats),
+            tuple(new_caches),
+        )
+
+    def _logits(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
+        logits = self.embed.attend(x) if self.head is None else self.head(x)
+        return logits.astype(jnp.float32)
+
+    def update_bias(self, stats: jaxmoe.MoEStats, rate: float) -> None:
+        """Moves every layer's selection bias against its load in `stats`, stacked as in `Output`."""
+        layers = [block.feed_forward for block in self.blocks if block.is_moe]
+        for i, moe in enumerate(layers):
+            moe.update_bias(jax.tree.map(lambda leaf, i=i: leaf[i], stats), rate)

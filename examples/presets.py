@@ -1,0 +1,289 @@
+"""Settings of the example: typed dataclasses and the presets made of them.
+
+This file imports neither jax nor jaxmoe, because `pretrain.py` reads the settings before it starts
+jax: the number of virtual CPU devices has to be known by then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class SettingsError(ValueError):
+    """Settings that cannot work; the message says what was got, what is wanted and what to do."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer: dense SwiGLU layers first, mixture-of-experts layers after them."""
+
+    dim: int = 256
+    """Model width D."""
+    num_layers: int = 4
+    num_dense_layers: int = 1
+    """The first layers that have a dense SwiGLU instead of experts."""
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    """Heads of keys and values; each serves num_heads / num_kv_heads query heads."""
+    head_dim: int = 64
+    context: int = 256
+    """Tokens of a training window, and the most that decoding may hold."""
+    dense_hidden_dim: int = 768
+    num_experts: int = 16
+    """Routed experts E of a layer; must be divisible by the devices of the expert axis."""
+    top_k: int = 4
+    """Routed experts K that a token uses."""
+    expert_hidden_dim: int = 128
+    """Hidden width F of one routed expert."""
+    num_shared_experts: int = 1
+    """Experts that every token uses, each of width expert_hidden_dim."""
+    score: Literal["sigmoid", "softmax"] = "sigmoid"
+    routed_scale: float = 1.0
+    """Factor on the normalised weights of the chosen experts."""
+    num_groups: int = 1
+    top_groups: int = 1
+    """Group-limited routing: a token chooses among the experts of its best top_groups groups."""
+    jitter: float = 0.0
+    """Noise on the router's logits in training: a factor from U(1 - jitter, 1 + jitter)."""
+    capacity_factor: float | None = None
+    """Rows of a device's expert buffer per (token, choice); None never drops a token."""
+    tie_embeddings: bool = True
+    rope_theta: float = 10000.0
+    init_std: float = 0.02
+    dtype: Dtype = "auto"
+    """Compute dtype; parameters are float32. auto: bfloat16 on a GPU, float32 on a CPU."""
+    remat: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise SettingsError(
+                f"model: num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
+                f"({self.num_kv_heads})."
+            )
+        if self.head_dim % 2:
+            raise SettingsError(f"model: head_dim ({self.head_dim}) must be even: RoPE turns pairs.")
+        if not 0 <= self.num_dense_layers <= self.num_layers:
+            raise SettingsError(
+                f"model: num_dense_layers ({self.num_dense_layers}) must be from 0 to num_layers "
+                f"({self.num_layers})."
+            )
+        if not 1 <= self.top_k <= self.num_experts:
+            raise SettingsError(
+                f"model: top_k ({self.top_k}) must be from 1 to num_experts ({self.num_experts})."
+            )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run: its length, batch, optimiser, losses and what it writes when."""
+
+    steps: int = 1000
+    batch_size: int = 16
+    """Windows of a step, all devices and micro-batches together."""
+    accumulate: int = 1
+    """Micro-batches that a step is cut into; their gradients are averaged."""
+    learning_rate: float = 3e-3
+    """Peak of the schedule: linear warm-up, then a cosine down to final_lr_fraction of it."""
+    warmup_steps: int = 50
+    final_lr_fraction: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; norms (one dimension) are left alone."""
+    clip_norm: float = 1.0
+    """Largest global norm of a gradient."""
+    bias_update_rate: float = 1e-3
+    """Step of the selection bias that balances the experts without a loss (DeepSeek-V3); 0: none."""
+    sequence_loss: float = 1e-4
+    """Weight of the sequence-wise balance loss."""
+    balance_loss: float = 0.0
+    """Weight of the Switch load-balance loss."""
+    z_loss: float = 0.0
+    """Weight of the router z-loss."""
+    seed: int = 0
+    """Of the parameters, the order of the data and the router's noise."""
+    eval_every: int = 200
+    eval_windows: int = 256
+    """Held-out windows of an evaluation on the way; the last evaluation takes them all."""
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+    """Checkpoints that stay; older ones are deleted."""
+    load_every: int = 10
+    """Steps between two records of the tokens per expert."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_windows"):
+            _at_least_one("train", name, getattr(self, name))
+        for name in ("checkpoint_every", "keep_checkpoints", "load_every"):
+            _at_least_one("train", name, getattr(self, name))
+        if self.batch_size % self.accumulate:
+            raise SettingsError(
+                f"train: batch_size ({self.batch_size}) must be a multiple of accumulate "
+                f"({self.accumulate})."
+            )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run depends on; saved beside its checkpoints."""
+
+    preset: str = "demo"
+    """The settings to start from; every other option overrides one of them."""
+    run_dir: Path | None = None
+    """Folder of checkpoints, metrics and pictures. None: runs/<preset>."""
+    data: tuple[Path, ...] = ()
+    """Text files or folders of them. None given: the source text of Python's standard library."""
+    tokenizer: str = "bytes"
+    """bytes, or a tokenizers .json file, or a .tiktoken file."""
+    val_fraction: float = 0.05
+    """Share of the files held out for validation, chosen by a hash of their path."""
+    devices: int | None = None
+    """Devices to use: virtual ones on a CPU. None: all there are."""
+    data_parallel: int = 1
+    """Devices of the mesh's data axis; the others make up the expert axis."""
+    transport: Literal["auto", "cpu", "xla", "p2p", "nvshmem"] = "auto"
+    """How jaxmoe moves tokens between devices."""
+    resume: bool = False
+    """Go on from the newest checkpoint of run_dir."""
+    overwrite: bool = False
+    """Delete an earlier run in run_dir first."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.val_fraction < 1.0:
+            raise SettingsError(f"val_fraction ({self.val_fraction}) must be between 0 and 1.")
+        if self.devices is not None:
+            _at_least_one("settings", "devices", self.devices)
+        _at_least_one("settings", "data_parallel", self.data_parallel)
+        if self.resume and self.overwrite:
+            raise SettingsError("--resume keeps a run and --overwrite deletes it: give one of them.")
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.run_dir if self.run_dir is not None else Path("runs") / self.preset
+
+
+def _at_least_one(where: str, name: str, value: int) -> None:
+    if value < 1:
+        raise SettingsError(f"{where}: {name} ({value}) must be at least 1.")
+
+
+def to_json(config: RunConfig) -> dict[str, Any]:
+    """The settings as plain JSON values."""
+    values = dataclasses.asdict(config)
+    values["run_dir"] = None if config.run_dir is None else str(config.run_dir)
+    values["data"] = [str(path) for path in config.data]
+    return values
+
+
+def from_json(values: dict[str, Any]) -> RunConfig:
+    """The inverse of `to_json`; raises SettingsError on fields this version does not know."""
+    try:
+        return RunConfig(
+            **{
+                **values,
+                "run_dir": None if values["run_dir"] is None else Path(values["run_dir"]),
+                "data": tuple(Path(path) for path in values["data"]),
+                "model": ModelConfig(**values["model"]),
+                "train": TrainConfig(**values["train"]),
+            }
+        )
+    except (TypeError, KeyError) as error:
+        raise SettingsError(
+            f"the saved settings do not fit this version of the example ({error}). "
+            "Use the version that wrote them, or train again."
+        ) from error
+
+
+# 8 virtual devices share the few cores of a desktop here: the model is small enough to learn
+# Python's looks in some minutes.
+_DEMO = RunConfig(preset="demo", devices=8)
+
+# For the tests: every feature on, seconds to train.
+_TINY = RunConfig(
+    preset="tiny",
+    devices=8,
+    data_parallel=2,
+    model=ModelConfig(
+        dim=32,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=16,
+        context=32,
+        dense_hidden_dim=64,
+        num_experts=8,
+        top_k=2,
+        expert_hidden_dim=32,
+        num_groups=4,
+        top_groups=2,
+        jitter=0.01,
+    ),
+    train=TrainConfig(
+        steps=12,
+        warmup_steps=2,
+        accumulate=2,
+        z_loss=1e-4,
+        eval_every=6,
+        eval_windows=16,
+        checkpoint_every=4,
+        load_every=2,
+    ),
+)
+
+# One or two desktop GPUs, about a hundred million parameters.
+_SMALL_GPU = RunConfig(
+    preset="small-gpu",
+    model=ModelConfig(
+        dim=512,
+        num_layers=8,
+        num_heads=8,
+        num_kv_heads=2,
+        context=1024,
+        dense_hidden_dim=2048,
+        num_experts=32,
+        top_k=4,
+        expert_hidden_dim=256,
+    ),
+    train=TrainConfig(steps=4000, batch_size=64, learning_rate=1e-3, warmup_steps=200),
+)
+
+# Two GPUs: MoE layers of a width at which the exchange and the expert matmuls both count.
+_BENCH_GPU = RunConfig(
+    preset="bench-gpu",
+    devices=2,
+    model=ModelConfig(
+        dim=2048,
+        num_layers=6,
+        num_heads=16,
+        num_kv_heads=4,
+        head_dim=128,
+        context=2048,
+        dense_hidden_dim=8192,
+        num_experts=64,
+        top_k=8,
+        expert_hidden_dim=1024,
+        routed_scale=2.5,
+        capacity_factor=1.25,
+        remat=True,
+    ),
+    train=TrainConfig(
+        steps=200,
+        batch_size=16,
+        learning_rate=3e-4,
+        warmup_steps=20,
+        eval_every=100,
+        eval_windows=64,
+        checkpoint_every=200,
+    ),
+)
+
+PRESETS = {config.preset: config for config in (_DEMO, _TINY, _SMALL_GPU, _BENCH_GPU)}

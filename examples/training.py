@@ -1,0 +1,186 @@
+"""The training step: loss, gradients, AdamW, and the balance of the experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int32
+
+import jaxmoe
+from model import Transformer, token_sharding
+from presets import RunConfig, SettingsError, TrainConfig
+
+
+class TrainState(NamedTuple):
+    """All that a step changes, and all that a checkpoint holds of the model."""
+
+    params: nnx.State
+    """What the optimiser trains, float32."""
+    router: nnx.State
+    """Selection biases of the routers, which follow the load and take no gradient."""
+    opt_state: optax.OptState
+    step: Int32[Array, ""]
+    """Steps taken."""
+
+
+class StepMetrics(NamedTuple):
+    """What a step reports, on the devices until somebody asks."""
+
+    loss: Float[Array, ""]
+    """Cross entropy in nats per token, without the balance losses."""
+    grad_norm: Float[Array, ""]
+    """Before clipping."""
+    entropy: Float[Array, ""]
+    """Of the routers, in nats, mean over the layers."""
+    num_dropped: Int32[Array, ""]
+    """Choices that found no room in an expert buffer, all layers together."""
+    tokens_per_expert: Int32[Array, "M E"]
+    """Choices per expert of each MoE layer, before drops."""
+
+
+def make_schedule(config: TrainConfig) -> optax.Schedule:
+    """Learning rate of a step: linear warm-up to the peak, then a cosine."""
+    warmup = min(config.warmup_steps, config.steps - 1)
+    return optax.warmup_cosine_decay_schedule(
+        init_value=config.learning_rate / (warmup + 1),
+        peak_value=config.learning_rate,
+        warmup_steps=warmup,
+        decay_steps=config.steps,
+        end_value=config.learning_rate * config.final_lr_fraction,
+    )
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """AdamW after clipping by the global norm; only matrices decay."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            make_schedule(config),
+            b1=config.beta1,
+            b2=config.beta2,
+            weight_decay=config.weight_decay,
+            mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params),
+        ),
+    )
+
+
+class Learner:
+    """The compiled functions of a run: `init`, `train_step` and `eval_step`."""
+
+    def __init__(
+        self, config: RunConfig, vocab_size: int, group: jaxmoe.ExpertParallel, mesh: Mesh
+    ) -> None:
+        rows = config.train.batch_size // config.train.accumulate
+        if rows % mesh.size:
+            raise SettingsError(
+                f"train: batch_size / accumulate ({rows}) must be divisible by the {mesh.size} "
+                "devices. Change --train.batch-size, --train.accumulate or --devices."
+            )
+        self.config = config
+        self.optimizer = make_optimizer(config.train)
+        self._new_model = lambda: Transformer(
+            config.model, vocab_size, group, rngs=nnx.Rngs(config.train.seed)
+        )
+        with jax.set_mesh(mesh):
+            self.graphdef = nnx.graphdef(nnx.eval_shape(self._new_model))
+            self.abstract_state = with_shardings(jax.eval_shape(self._init), mesh)
+        self.mesh = mesh
+        batch = token_sharding(mesh)
+        self.batch_sharding = NamedSharding(mesh, PartitionSpec(None, *batch.spec))
+        self.eval_sharding = batch
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        self.init: Callable[[], TrainState] = self._jit(self._init, out_shardings=shardings)
+        """A fresh state from the seed."""
+        self.train_step: Callable[..., tuple[TrainState, StepMetrics]] = self._jit(
+            self._train_step, out_shardings=(shardings, None), donate_argnums=0
+        )
+        """(state, tokens int32 [A, B / A, context + 1]) -> (next state, metrics); uses up the state."""
+        self.eval_step: Callable[..., Array] = self._jit(self._eval_step)
+        """(state, tokens int32 [B, context + 1], weights [B]) -> the sum of nats of the rows."""
+
+    def _jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        compiled = jax.jit(function, **options)
+
+        def call(*args: Any) -> Any:
+            with jax.set_mesh(self.mesh):
+                return compiled(*args)
+
+        return call
+
+    def _init(self) -> TrainState:
+        _, params, router = nnx.split(self._new_model(), nnx.Param, ...)
+        return TrainState(params, router, self.optimizer.init(params), jnp.int32(0))
+
+    def _losses(
+        self, params: nnx.State, router: nnx.State, tokens: Array, key: Array | None
+    ) -> tuple[Array, tuple[Array, jaxmoe.MoEStats]]:
+        """The loss to minimise, and (cross entropy, statistics of the MoE layers)."""
+        cfg = self.config.train
+        output = nnx.merge(self.graphdef, params, router)(tokens[:, :-1], key=key)
+        nats = optax.softmax_cross_entropy_with_integer_labels(output.logits, tokens[:, 1:])
+        stats = output.stats
+        balance = cfg.sequence_loss * stats.sequence_loss + cfg.z_loss * stats.z_loss
+        balance += cfg.balance_loss * stats.load_balance_loss
+        return nats.mean() + balance.sum(), (nats.mean(), stats)
+
+    def _train_step(
+        self, state: TrainState, tokens: Int32[Array, "A B S"]
+    ) -> tuple[TrainState, StepMetrics]:
+        cfg = self.config.train
+        keys: Array | None = None
+        if self.config.model.jitter:
+            keys = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
+            keys = jax.random.split(keys, cfg.accumulate)
+        grad = jax.grad(self._losses, has_aux=True)
+
+        def micro_step(total: nnx.State, batch: tuple[Array, Array | None]) -> tuple[Any, Any]:
+            grads, reports = grad(state.params, state.router, *batch)
+            return jax.tree.map(jnp.add, total, grads), reports
+
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        grads, (losses, stats) = jax.lax.scan(micro_step, zeros, (tokens, keys))
+        grads = jax.tree.map(lambda g: g / cfg.accumulate, grads)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        total = jax.tree.map(lambda leaf: leaf.sum(0), stats)
+        metrics = StepMetrics(
+            loss=losses.mean(),
+            grad_norm=optax.global_norm(grads),
+            entropy=stats.entropy.mean(),
+            num_dropped=total.num_dropped.sum(),
+            tokens_per_expert=total.tokens_per_expert,
+        )
+        new_state = TrainState(
+            params=optax.apply_updates(state.params, updates),
+            router=self._balanced(state, total),
+            opt_state=opt_state,
+            step=state.step + 1,
+        )
+        return new_state, metrics
+
+    def _balanced(self, state: TrainState, stats: jaxmoe.MoEStats) -> nnx.State:
+        """The selection biases after a step with these loads of the experts."""
+        model = nnx.merge(self.graphdef, state.params, state.router)
+        model.update_bias(stats, self.config.train.bias_update_rate)
+        return nnx.split(model, nnx.Param, ...)[2]
+
+    def _eval_step(self, state: TrainState, tokens: Array, weights: Array) -> Array:
+        model = nnx.merge(self.graphdef, state.params, state.router)
+        logits = model(tokens[:, :-1]).logits
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+        return jnp.sum(nats * weights[:, None])
+
+
+def with_shardings(abstract: Any, mesh: Mesh) -> Any:
+    """A tree of shapes, each with the sharding that its parameter was annotated with."""
+
+    def place(leaf: jax.ShapeDtypeStruct, spec: PartitionSpec | None) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, PartitionSpec() if spec is None else spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, abstract, nnx.get_partition_spec(abstract))
