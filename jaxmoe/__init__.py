@@ -1,4 +1,4 @@
-"""jaxmoe: Mixture-of-Experts for JAX. Expert parallelism in `jax.shard_map` through custom calls."""
+"""Mixture-of-Experts for JAX: expert parallelism in `jax.shard_map` through XLA custom calls."""
 
 from jaxmoe import losses as losses
 from jaxmoe.group import ExpertParallel as ExpertParallel

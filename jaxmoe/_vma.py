@@ -1,4 +1,4 @@
-"""Axes that arrays vary over inside `jax.shard_map` (with `check_vma=False` there are none to see)."""
+"""Axes that arrays vary over inside `jax.shard_map`; with `check_vma=False` none are seen."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ def varying_axes(a: Any) -> frozenset[str]:
 
 
 def vary_alike(tree: Tree, axes: Iterable[str] = ()) -> Tree:
-    """`tree` with all its arrays typed as varying over `axes` and the axes that any of them varies
-    over.
+    """`tree` with all arrays typed as varying over `axes` and whatever one of them varies over.
 
     An array that was equal on the devices of an axis has its gradient summed over that axis.
     """

@@ -1,10 +1,9 @@
 """The experts' computation: SwiGLU over rows that are grouped by expert.
 
 Two backends. "blocked" walks over blocks of rows that belong to one expert, in a loop whose length
-depends on the
-data: work and memory follow the rows in use, not the capacity. "ragged_dot" is
-  `jax.lax.ragged_dot`, which XLA lowers to a dense product over all experts on the host (L times
-  the work there).
+depends on the data, so that work and memory follow the rows in use and not the capacity.
+"ragged_dot" is `jax.lax.ragged_dot`, which XLA lowers on the host to a dense product over all
+experts: L times the work.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def swiglu(
     up: Float[Array, "D F"],
     down: Float[Array, "F D"],
 ) -> Float[Array, "C D"]:
-    """`(silu(rows @ gate) * (rows @ up)) @ down`, one expert for all rows (Shazeer 2020, SwiGLU)."""
+    """`(silu(rows @ gate) * (rows @ up)) @ down`: one expert for all rows (Shazeer 2020)."""
     return (jax.nn.silu(rows @ gate) * (rows @ up)) @ down
 
 

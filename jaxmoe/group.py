@@ -131,7 +131,7 @@ class ExpertParallel:
         return min(worst, math.ceil(factor * num_tokens * self.top_k))
 
     def close(self) -> None:
-        """Release what the transport holds. Using the group afterwards is an error; closing twice is not."""
+        """Release what the transport holds. Later use is an error; closing twice is not."""
         self._finalizer()
 
     def __repr__(self) -> str:
@@ -139,9 +139,8 @@ class ExpertParallel:
         state = ", closed" if self.closed else ""
         return (
             f"ExpertParallel(axis={s.axis}, num_devices={s.num_devices}, "
-            f"num_experts={s.num_experts}, "
-            f"top_k={s.top_k}, dim={s.dim}, max_tokens={s.max_tokens}, "
-            f"capacity_factor={s.capacity_factor}, "
+            f"num_experts={s.num_experts}, top_k={s.top_k}, dim={s.dim}, "
+            f"max_tokens={s.max_tokens}, capacity_factor={s.capacity_factor}, "
             f"dtype={s.dtype}, transport={self.transport!r}{state})"
         )
 
@@ -149,7 +148,7 @@ class ExpertParallel:
 def _check_axes(
     mesh: jax.sharding.Mesh | None, axis: str | Sequence[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[str, int], ...]]:
-    """The expert axes, the remaining axes and all axis sizes; () for every one of them without a mesh."""
+    """The expert axes, the other axes and the sizes of all; three times () without a mesh."""
     if mesh is None:
         return (), (), ()
     if not isinstance(mesh, jax.sharding.Mesh):

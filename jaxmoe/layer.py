@@ -202,17 +202,16 @@ def _sharded(config: MoEConfig, body: Any) -> Any:
 
 
 def _reshard(group: ExpertParallel, args: Any, specs: Any) -> Any:
-    """On meshes with Explicit axes an argument must already have the sharding that shard_map wants."""
-    assert group.mesh is not None
-    if jax.sharding.AxisType.Explicit not in group.mesh.axis_types:
+    """Give arguments the sharding of shard_map's specs, which a mesh with Explicit axes demands."""
+    mesh = group.mesh
+    if mesh is None or jax.sharding.AxisType.Explicit not in mesh.axis_types:
         return args
-    is_leaf = lambda spec: isinstance(spec, PartitionSpec)  # noqa: E731
 
     def move(spec: PartitionSpec, part: Any) -> Any:
-        to = jax.sharding.NamedSharding(group.mesh, spec)
+        to = jax.sharding.NamedSharding(mesh, spec)
         return jax.tree.map(lambda a: jax.sharding.reshard(a, to), part)
 
-    return jax.tree.map(move, specs, args, is_leaf=is_leaf)
+    return jax.tree.map(move, specs, args, is_leaf=lambda s: isinstance(s, PartitionSpec))
 
 
 def _local_layer(

@@ -51,7 +51,7 @@ class MoE(nn.Module):
         )
         params = {}
         for name, spec in param_specs(config).items():
-            init = spec.init
+            init: Any = spec.init
             if self.group.mesh is not None:
                 init = nn.with_partitioning(init, spec.sharding, mesh=self.group.mesh)
             params[name] = self.param(name, init, spec.shape, self.param_dtype)

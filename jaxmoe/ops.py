@@ -1,4 +1,4 @@
-"""`dispatch` and `combine`: per-device operations with gradients, for use inside `jax.shard_map`."""
+"""`dispatch` and `combine`: per-device operations with gradients, for `jax.shard_map`."""
 
 from __future__ import annotations
 

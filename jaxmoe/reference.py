@@ -115,7 +115,7 @@ def dispatch_grad(
     d_row_weights: Float32[Array, " C"],
     plan: Plan,
 ) -> tuple[Float[Array, "T D"], Float32[Array, "T K"]]:
-    """The transpose of `dispatch`: an unweighted combine, and every choice's own weight gradient."""
+    """The transpose of `dispatch`: an unweighted combine, and each choice's weight gradient."""
     del site
     d_x = _sum_to_owners(group, d_rows, jnp.ones_like(d_row_weights), plan)
     there = plan.row_map >= 0
@@ -134,7 +134,7 @@ def combine_grad(
     row_weights: Float32[Array, " C"],
     plan: Plan,
 ) -> tuple[Float[Array, "C D"], Float32[Array, " C"]]:
-    """The transpose of `combine`: rows get their token's gradient times the weight; weights a dot."""
+    """The transpose of `combine`: a row gets weight times token gradient, a weight their dot."""
     del site
     used = plan.row_source >= 0
     token = jnp.maximum(plan.row_source, 0) // I32(group.top_k)

@@ -1,4 +1,4 @@
-"""The ways that rows travel between devices: which one fits a mesh, and what a group opens of it."""
+"""The ways that rows travel between devices: which one fits a mesh, what a group opens of it."""
 
 from __future__ import annotations
 
@@ -52,5 +52,5 @@ def pick(name: str, mesh: jax.sharding.Mesh | None) -> str:
 
 
 def open_group(name: str, mesh: jax.sharding.Mesh | None, spec: GroupSpec) -> Handle:
-    """Open what transport `name` needs for a group; a collective call when the mesh spans processes."""
+    """Open what a group needs of a transport; collective when the mesh spans processes."""
     return _cpu.CpuGroup(mesh, spec) if name == "cpu" else _Nothing()

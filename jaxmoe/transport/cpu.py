@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import importlib
 import json
 import os
 import secrets
@@ -28,17 +29,14 @@ _opened: collections.Counter[str] = collections.Counter()
 def _load() -> tuple[Any, str]:
     """The host library with its handlers registered, or None and the reason."""
     try:
-        from jaxmoe import _cpu
+        lib = importlib.import_module("jaxmoe._cpu")
     except ImportError as error:
-        return (
-            None,
-            f"the host library jaxmoe._cpu could not be imported ({error}); reinstall jaxmoe",
-        )
+        return None, f"its library jaxmoe._cpu cannot be imported ({error}); reinstall jaxmoe"
     from jaxmoe import _ffi
 
     jax.devices("cpu")  # on the host platform XLA takes types only once the client exists
-    _ffi.register(_cpu.handlers(), {"jaxmoe_call": _cpu.state_type()}, platform="cpu")
-    return _cpu, ""
+    _ffi.register(lib.handlers(), {"jaxmoe_call": lib.state_type()}, platform="cpu")
+    return lib, ""
 
 
 def why_not(platform: str) -> str:
@@ -92,7 +90,7 @@ def _new_uid(mesh: jax.sharding.Mesh | None, spec: GroupSpec) -> int:
 
 
 def _join(lib: Any, uid: int, spec: GroupSpec, members: list[int], here: int) -> None:
-    """Map the shared memory of all member processes; returns once every one has mapped every other."""
+    """Map the shared memory of all member processes; returns once all have mapped all."""
     client = _kv_client()
     timeout_ms = int(spec.timeout * 1000)
     prefix = f"jaxmoe/cpu/{uid:x}"
