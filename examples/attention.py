@@ -29,9 +29,9 @@ class RMSNorm(nnx.Module):
 def rope(
     x: Float[Array, "B S N H"], positions: Int32[Array, "B S"], theta: float
 ) -> Float[Array, "B S N H"]:
-    """Rotary position embedding (Su et al., 2021): pair i of a head turns by position / theta^(2i/H).
+    """Rotary position embedding (Su et al., 2021).
 
-    Pair i is the elements i and i + H/2, as in most released models.
+    Pair i of a head, its elements i and i + H/2, turns by the angle position / theta^(2i/H).
     """
     half = x.shape[-1] // 2
     rate = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -56,7 +56,7 @@ def empty_cache(config: ModelConfig, batch_size: int, length: int, dtype: jnp.dt
 
 
 class Attention(nnx.Module):
-    """Causal attention with grouped queries (Ainslie et al., 2023): G heads of keys serve N of queries."""
+    """Causal attention of grouped queries (Ainslie et al., 2023)."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -73,7 +73,7 @@ class Attention(nnx.Module):
         positions: Int32[Array, "B S"],
         cache: KVCache | None = None,
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
-        """Attends to the tokens at or before each position: of x without a cache, else of the cache.
+        """Attends to the tokens at or before each position: those of x, or with a cache its own.
 
         With a cache the new keys and values are written to the slots `positions` first. Slots after
         a query's position are never read, so they may hold anything.
@@ -99,7 +99,7 @@ def _write(
     value: Float[Array, "B S G H"],
     positions: Int32[Array, "B S"],
 ) -> KVCache:
-    """The cache with the keys and values of the tokens at `positions`, which grow by one along S."""
+    """The cache with the keys and values at `positions`, which grow by one along S."""
 
     def write_row(slots: Array, new: Array, start: Array) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis=0)

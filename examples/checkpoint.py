@@ -85,13 +85,13 @@ def prepare_folder(config: RunConfig) -> None:
     if (folder / CONFIG_FILE).exists():
         if not config.overwrite:
             raise SettingsError(
-                f"{folder} holds a run already. Add --resume to go on with it, --overwrite to delete "
-                "it first, or --run-dir to train elsewhere."
+                f"{folder} holds a run already. Add --resume to go on with it, --overwrite to "
+                "delete it first, or --run-dir to train elsewhere."
             )
         clear_run(folder)
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SettingsError(
-            f"{folder} is not empty and holds no run. Give --run-dir a new folder, or empty this one."
+            f"{folder} is not empty and holds no run. Give --run-dir a new folder, or empty it."
         )
 
 
@@ -138,7 +138,7 @@ class Checkpoints:
         return Position(**self._restore(step, position=self._ocp.args.JsonRestore())["position"])
 
     def read_model(self, step: int, params: nnx.State, router: nnx.State) -> dict[str, nnx.State]:
-        """`params` and `router` of a step, with the shapes, dtypes and shardings of the arguments."""
+        """`params` and `router` of a step, with the arguments' shapes, dtypes and shardings."""
         target = {"params": params, "router": router}
         return self._restore(step, model=self._ocp.args.StandardRestore(target))["model"]
 

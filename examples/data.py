@@ -21,7 +21,7 @@ log = logging.getLogger("data")
 # Folders that hold no source text of the library itself: its tests, what pip put there, and tables
 # made by programs, which would flatter the loss, being easy to predict.
 _SKIP_IN_STDLIB = frozenset(
-    "test tests idle_test site-packages dist-packages encodings pydoc_data".split()
+    ["test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"]
 )
 
 Document = tuple[str, str]
@@ -66,7 +66,9 @@ def load_corpus(paths: Sequence[Path], tokenizer: Tokenizer, val_fraction: float
     documents = [(name, text) for name, text in texts if text]
     num_skipped = sum(text is None for _, text in texts)
     if num_skipped:
-        log.warning("%d of %d files skipped: not UTF-8 text, or unreadable", num_skipped, len(files))
+        log.warning(
+            "%d of %d files skipped: not UTF-8 text, or unreadable", num_skipped, len(files)
+        )
     if not documents:
         where = ", ".join(map(str, paths)) or sysconfig.get_path("stdlib")
         raise SettingsError(
@@ -122,9 +124,7 @@ def _read(path: Path) -> str | None:
     return None if "\0" in text else text
 
 
-def _split(
-    documents: list[Document], val_fraction: float
-) -> tuple[list[Document], list[Document]]:
+def _split(documents: list[Document], val_fraction: float) -> tuple[list[Document], list[Document]]:
     """Training and held-out documents."""
     held_out = {name for name, _ in documents if _hash_fraction(name) < val_fraction}
     val = [(name, text) for name, text in documents if name in held_out]
@@ -154,7 +154,7 @@ def _join(documents: list[Document], tokenizer: Tokenizer) -> np.ndarray:
 
 
 class Windows(grain.sources.RandomAccessDataSource):
-    """Packed windows of `context` + 1 tokens; neighbours share one token, so that each is a target once.
+    """Packed windows of `context` + 1 tokens; neighbours share a token, so each is a target once.
 
     Windows cross the ends of documents; the model learns what end-of-text means from them.
     """

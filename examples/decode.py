@@ -1,6 +1,6 @@
 """Continues prompts with a model that pretrain.py trained.
 
-    python examples/decode.py runs/demo --prompt "def " --prompt "import os\n" --stream
+    python examples/decode.py runs/demo --prompt "def " --prompt "import " --stream
     python examples/decode.py runs/demo --temperature 0 --max-new-tokens 64
 
 Works on any number of devices that divides the experts, not only on the training's.
@@ -37,7 +37,9 @@ class DecodeConfig:
 
     run_dir: tyro.conf.Positional[Path]
     """Folder of a run of pretrain.py."""
-    prompt: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(aliases=["-p"])] = ()
+    prompt: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(aliases=["-p"])
+    ] = ()
     """Text to continue; give the option again for a batch. None given: a new document."""
     max_new_tokens: int = 128
     temperature: float = 0.8
@@ -63,7 +65,7 @@ def load_generator(config: DecodeConfig, run: RunConfig, tokenizer: Tokenizer) -
     from flax import nnx
 
     from generate import Generator, rows_per_device
-    from model import Transformer, make_group
+    from model import Transformer, make_group, split_model
     from sampling import SamplingConfig
     from training import with_shardings
 
@@ -83,7 +85,7 @@ def load_generator(config: DecodeConfig, run: RunConfig, tokenizer: Tokenizer) -
     model = nnx.eval_shape(
         lambda: Transformer(model_config, tokenizer.vocab_size, group, rngs=nnx.Rngs(0))
     )
-    graphdef, params, router = nnx.split(model, nnx.Param, ...)
+    graphdef, params, router = split_model(model)
     weights = checkpoints.read_model(step, *with_shardings((params, router), mesh))
     return Generator(
         graphdef,
@@ -142,17 +144,16 @@ def print_batch(generator: Generator, tokenizer: Tokenizer, prompts: Sequence[st
 
 
 def print_stream(generator: Generator, tokenizer: Tokenizer, prompts: Sequence[str]) -> None:
-    """Decodes in steps and prints what is new after each; labelled when there are several prompts."""
+    """Decodes in steps and prints what is new after each, labelled if there are several prompts."""
     generator.warm_up(streaming=True)
     printed = [""] * len(prompts)
     labels = ["" if len(prompts) == 1 else f"[{i}] " for i in range(len(prompts))]
     end = "" if len(prompts) == 1 else "\n"
     for label, prompt in zip(labels, prompts, strict=True):
         print(f"{label}{prompt}", end=end, flush=True)
-    start = time.perf_counter()
-    prefill = None
+    times = [time.perf_counter()]
     for tokens in generator.stream(_STREAM_CHUNK):
-        prefill = prefill or time.perf_counter() - start
+        times.append(time.perf_counter())
         last = tokens.shape[1] >= generator.max_new_tokens
         for i, row in enumerate(tokens):
             text = tokenizer.decode(row)
@@ -161,9 +162,8 @@ def print_stream(generator: Generator, tokenizer: Tokenizer, prompts: Sequence[s
             if new := text[len(printed[i]) :]:
                 print(f"{labels[i]}{new}", end=end, flush=True)
             printed[i] = text
-    decode = time.perf_counter() - start - prefill
     print()
-    _print_speed(generator, tokens, prefill, decode)
+    _print_speed(generator, tokens, times[1] - times[0], times[-1] - times[1])
 
 
 def _print_speed(generator: Generator, tokens: np.ndarray, prefill: float, decode: float) -> None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int32
 
 import runtime
@@ -20,7 +20,7 @@ from sampling import SamplingConfig, sample
 
 
 class DecodeState(NamedTuple):
-    """What the decoding loop carries; rows beyond the prompts are padding and done from the start."""
+    """What the decoding loop carries; rows beyond the prompts are padding, done from the start."""
 
     step: Int32[Array, ""]
     """New tokens per row so far."""
@@ -35,8 +35,8 @@ class DecodeState(NamedTuple):
 class Generator:
     """A model's decoding functions, compiled for one batch of prompts.
 
-    Rows stop at end-of-text or after max_new_tokens. A row that is done goes through the model until
-    the last one is, but is masked out of the experts.
+    Rows stop at end-of-text or after max_new_tokens. A row that is done goes through the model
+    until the last one is, but is masked out of the experts.
     """
 
     def __init__(
@@ -65,12 +65,15 @@ class Generator:
         self.num_prompt_tokens = sum(map(len, prompts))
         check_fits(prompts, max_new_tokens, self.config.context)
         self._prompts = _pad(prompts, mesh)
-        self._whole = jax.jit(self._generate)
-        self._begin = jax.jit(self._prefill)
-        self._continue = jax.jit(self._decode_until, donate_argnums=1)
+        # Fixed, so that what a chunk returns fits what the next one was compiled for.
+        rows, everywhere = token_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+        placed: Any = DecodeState(everywhere, *[rows] * 4)  # type: ignore[arg-type]
+        self._whole = jax.jit(self._generate, out_shardings=placed)
+        self._begin = jax.jit(self._prefill, out_shardings=placed)
+        self._continue = jax.jit(self._decode_until, out_shardings=placed, donate_argnums=1)
 
     def generate(self, num_tokens: int | None = None) -> np.ndarray:
-        """int32 [number of prompts, max_new_tokens]: prefill and the whole loop in one compiled call.
+        """int32 [number of prompts, max_new_tokens]: prefill and the whole loop in one call.
 
         num_tokens: stop earlier; 1 is the prefill alone, which gives the first token.
         """
@@ -82,7 +85,7 @@ class Generator:
         """Compiles what `generate` or `stream` runs, so that their times are of running alone."""
         if streaming:
             state = self._begin(self.weights, *self._prompts)
-            # No step is left to take; np.int32, because the state's own step goes with the state.
+            # A limit that is reached already: no step to take.
             jax.block_until_ready(self._continue(self.weights, state, np.int32(0)))
         else:
             self.generate(1)
@@ -95,7 +98,8 @@ class Generator:
         state = self._begin(self.weights, *self._prompts)
         yield self._so_far(state)
         while not self._finished(state):
-            state = self._continue(self.weights, state, state.step + np.int32(chunk))
+            limit = np.int32(int(state.step) + chunk)
+            state = self._continue(self.weights, state, limit)
             yield self._so_far(state)
 
     def _finished(self, state: DecodeState) -> bool:
@@ -118,7 +122,7 @@ class Generator:
         model = self._model(weights)
         length = width + self.max_new_tokens
         caches = tuple(
-            empty_cache(self.config, batch_size, length, model.embed.dtype)
+            empty_cache(self.config, batch_size, length, model.dtype)
             for _ in range(self.config.num_layers)
         )
         mask = jnp.arange(width, dtype=jnp.int32) < lengths[:, None]
@@ -146,7 +150,9 @@ class Generator:
             done=state.done | (token == self.end_of_text),
         )
 
-    def _decode_until(self, weights: Any, state: DecodeState, limit: Int32[Array, ""]) -> DecodeState:
+    def _decode_until(
+        self, weights: Any, state: DecodeState, limit: Int32[Array, ""]
+    ) -> DecodeState:
         """Decodes until a row has `limit` tokens, or all rows are done."""
         model = self._model(weights)
 
@@ -185,7 +191,7 @@ def rows_per_device(num_prompts: int, mesh: Mesh) -> int:
 
 
 def _pad(prompts: Sequence[np.ndarray], mesh: Mesh) -> tuple[Any, Any]:
-    """Prompts [B, P] and lengths [B] on the devices, B a multiple of them; padding rows have length 0."""
+    """Prompts [B, P] and lengths [B], B a multiple of the devices; padding rows have length 0."""
     rows = rows_per_device(len(prompts), mesh) * mesh.size
     tokens = np.zeros((rows, max(map(len, prompts))), np.int32)
     lengths = np.zeros(rows, np.int32)

@@ -44,5 +44,5 @@ class SwiGLU(nnx.Module):
 
 
 def residual_std(config: ModelConfig) -> float:
-    """For what is added to the residual stream: smaller with depth, so its variance stays (GPT-2)."""
+    """Of matrices into the residual stream: smaller with depth, so its variance stays (GPT-2)."""
     return config.init_std / (2 * config.num_layers) ** 0.5

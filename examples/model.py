@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,11 +94,8 @@ class Block(nnx.Module):
         self.attention_norm = RMSNorm(config.dim)
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
         self.feed_forward_norm = RMSNorm(config.dim)
-        self.is_moe = group is not None
-        if group is None:
-            self.feed_forward = SwiGLU(config, dtype=dtype, rngs=rngs)
-        else:
-            self.feed_forward = _moe(config, group, rngs)
+        self.dense = SwiGLU(config, dtype=dtype, rngs=rngs) if group is None else None
+        self.moe = None if group is None else _moe(config, group, rngs)
 
     def __call__(
         self,
@@ -110,10 +108,11 @@ class Block(nnx.Module):
         y, cache = self.attention(self.attention_norm(x), positions, cache)
         x = x + y
         y = self.feed_forward_norm(x)
-        if not self.is_moe:
-            return x + self.feed_forward(y), cache, None
-        y, stats = self.feed_forward(y, mask=mask, key=key)
-        return x + y, cache, stats
+        if self.moe is not None:
+            y, stats = self.moe(y, mask=mask, key=key)
+            return x + y, cache, stats
+        assert self.dense is not None
+        return x + self.dense(y), cache, None
 
 
 class Output(NamedTuple):
@@ -123,8 +122,8 @@ class Output(NamedTuple):
     """float32"""
     stats: jaxmoe.MoEStats
     """Load and losses, stacked over the MoE layers: each field has them as its first dimension."""
-    caches: tuple[KVCache | None, ...]
-    """One per layer; Nones in a call without caches."""
+    caches: tuple[KVCache, ...]
+    """One per layer; none in a call without caches."""
 
 
 class Transformer(nnx.Module):
@@ -140,14 +139,14 @@ class Transformer(nnx.Module):
     ) -> None:
         self.config = config
         self.mesh = group.mesh
-        dtype = group.dtype
+        dtype = self.dtype = group.dtype
         init = nnx.initializers.normal(config.init_std)
-        self.embed = nnx.Embed(
-            vocab_size, config.dim, embedding_init=init, dtype=dtype, rngs=rngs
-        )
+        self.embed = nnx.Embed(vocab_size, config.dim, embedding_init=init, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List(
             [
-                Block(config, group if i >= config.num_dense_layers else None, dtype=dtype, rngs=rngs)
+                Block(
+                    config, group if i >= config.num_dense_layers else None, dtype=dtype, rngs=rngs
+                )
                 for i in range(config.num_layers)
             ]
         )
@@ -181,13 +180,15 @@ class Transformer(nnx.Module):
             x = jax.lax.with_sharding_constraint(x, token_sharding(self.mesh))
         # A cached call has no backward pass to save memory for.
         remat = self.config.remat and caches is None
-        call = nnx.remat(Block.__call__) if remat else Block.__call__
-        new_caches, stats = [], []
+        call: Callable[..., Any] = nnx.remat(Block.__call__) if remat else Block.__call__
+        new_caches: list[KVCache] = []
+        stats: list[jaxmoe.MoEStats] = []
         for i, block in enumerate(self.blocks):
             cache = None if caches is None else caches[i]
             layer_key = None if key is None else jax.random.fold_in(key, i)
             x, cache, layer_stats = call(block, x, positions, cache, mask, layer_key)
-            new_caches.append(cache)
+            if cache is not None:
+                new_caches.append(cache)
             if layer_stats is not None:
                 stats.append(layer_stats)
         return Output(
@@ -201,7 +202,15 @@ class Transformer(nnx.Module):
         return logits.astype(jnp.float32)
 
     def update_bias(self, stats: jaxmoe.MoEStats, rate: float) -> None:
-        """Moves every layer's selection bias against its load in `stats`, stacked as in `Output`."""
-        layers = [block.feed_forward for block in self.blocks if block.is_moe]
+        """Moves each layer's selection bias against its load in `stats`, stacked as in `Output`."""
+        layers = [block.moe for block in self.blocks if block.moe is not None]
         for i, moe in enumerate(layers):
             moe.update_bias(jax.tree.map(lambda leaf, i=i: leaf[i], stats), rate)
+
+
+def split_model(
+    model: Transformer,
+) -> tuple[nnx.GraphDef[Transformer], nnx.State, nnx.State]:
+    """A model's structure, the parameters that the optimiser trains, and its routers' biases."""
+    graphdef, params, router = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
+    return graphdef, params, router

@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 # More columns than this cannot be told apart in the picture.
 _MAX_COLUMNS = 400
@@ -43,9 +44,7 @@ def draw_experts(records: list[dict[str, Any]], path: Path) -> None:
     load /= np.maximum(load.mean(axis=-1, keepdims=True), 1e-9)
     num_layers, num_experts = load.shape[1:]
     image = _shrink(load.reshape(len(steps), -1)).T
-    figure, axes = plt.subplots(
-        figsize=(9, min(2 + 0.06 * len(image), 16)), layout="constrained"
-    )
+    figure, axes = plt.subplots(figsize=(9, min(2 + 0.06 * len(image), 16)), layout="constrained")
     shown = axes.imshow(
         image,
         aspect="auto",
@@ -80,7 +79,7 @@ def _shrink(rows: np.ndarray) -> np.ndarray:
     return np.stack([part.mean(axis=0) for part in parts])
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> None:
     """Writes the picture and then puts it in place, so that a viewer never sees half of one."""
     temporary = path.with_suffix(".new.png")
     figure.savefig(temporary, dpi=120)

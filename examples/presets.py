@@ -20,7 +20,7 @@ class SettingsError(ValueError):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer: dense SwiGLU layers first, mixture-of-experts layers after them."""
+    """A decoder-only transformer: dense SwiGLU layers first, mixtures of experts after them."""
 
     dim: int = 256
     """Model width D."""
@@ -67,7 +67,9 @@ class ModelConfig:
                 f"({self.num_kv_heads})."
             )
         if self.head_dim % 2:
-            raise SettingsError(f"model: head_dim ({self.head_dim}) must be even: RoPE turns pairs.")
+            raise SettingsError(
+                f"model: head_dim ({self.head_dim}) must be even: RoPE turns pairs."
+            )
         if not 0 <= self.num_dense_layers <= self.num_layers:
             raise SettingsError(
                 f"model: num_dense_layers ({self.num_dense_layers}) must be from 0 to num_layers "
@@ -99,7 +101,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     """Largest global norm of a gradient."""
     bias_update_rate: float = 1e-3
-    """Step of the selection bias that balances the experts without a loss (DeepSeek-V3); 0: none."""
+    """Step of the selection bias that balances the experts without a loss (DeepSeek-V3); 0: off."""
     sequence_loss: float = 1e-4
     """Weight of the sequence-wise balance loss."""
     balance_loss: float = 0.0
@@ -110,7 +112,9 @@ class TrainConfig:
     """Of the parameters, the order of the data and the router's noise."""
     eval_every: int = 200
     eval_windows: int = 256
-    """Held-out windows of an evaluation on the way; the last evaluation takes them all."""
+    """Held-out windows of an evaluation on the way, spread evenly over the held-out text."""
+    final_eval_windows: int | None = None
+    """Of the evaluation after the last step; None: all there are."""
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
     """Checkpoints that stay; older ones are deleted."""
@@ -163,7 +167,9 @@ class RunConfig:
             _at_least_one("settings", "devices", self.devices)
         _at_least_one("settings", "data_parallel", self.data_parallel)
         if self.resume and self.overwrite:
-            raise SettingsError("--resume keeps a run and --overwrite deletes it: give one of them.")
+            raise SettingsError(
+                "--resume keeps a run and --overwrite deletes it: give one of them."
+            )
 
     @property
     def folder(self) -> Path:
@@ -229,6 +235,7 @@ _TINY = RunConfig(
     ),
     train=TrainConfig(
         steps=12,
+        final_eval_windows=64,
         warmup_steps=2,
         accumulate=2,
         z_loss=1e-4,

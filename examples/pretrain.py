@@ -1,6 +1,6 @@
 """Trains a mixture-of-experts language model on real text.
 
-    python examples/pretrain.py                                # the demo preset on 8 virtual devices
+    python examples/pretrain.py                        # the demo preset on 8 virtual devices
     python examples/pretrain.py --preset tiny --train.steps 50
     python examples/pretrain.py --run-dir runs/demo --resume
 
@@ -24,7 +24,7 @@ from presets import PRESETS, RunConfig, SettingsError
 
 
 def parse_settings(args: Sequence[str]) -> RunConfig:
-    """Settings of a command line: a preset, or with --resume the run's own, and the options over it."""
+    """Settings of a command line: a preset's, or with --resume the run's, under its options."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="demo")
     first.add_argument("--run-dir", type=Path)

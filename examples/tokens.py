@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -64,7 +64,7 @@ class JsonTokenizer:
 
 
 class TiktokenTokenizer:
-    """Merge ranks of a .tiktoken file, with the split pattern of GPT-2 and one id for end-of-text."""
+    """Merge ranks of a .tiktoken file, with GPT-2's split pattern and one id for end-of-text."""
 
     def __init__(self, path: Path) -> None:
         import tiktoken
@@ -93,7 +93,10 @@ def load_tokenizer(name: str) -> Tokenizer:
     if name == "bytes":
         return ByteTokenizer()
     path = Path(name)
-    kinds = {".json": JsonTokenizer, ".tiktoken": TiktokenTokenizer}
+    kinds: dict[str, Callable[[Path], Tokenizer]] = {
+        ".json": JsonTokenizer,
+        ".tiktoken": TiktokenTokenizer,
+    }
     if path.suffix not in kinds or not path.is_file():
         raise SettingsError(
             f"tokenizer: {name!r} is not 'bytes' and not an existing .json (tokenizers) or "

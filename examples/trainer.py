@@ -36,7 +36,7 @@ class Summary:
 
     step: int
     val_loss: float | None
-    """Nats per byte over all held-out windows; None when the run was stopped before its end."""
+    """Nats per byte of the last evaluation; None when the run was stopped before its end."""
     stopped_by: str | None
     """Name of the signal that ended the run early."""
 
@@ -83,9 +83,7 @@ class Trainer:
         self.checkpoints = Checkpoints(config.folder, keep=cfg.keep_checkpoints)
         self.step, self.state = self._restore() if config.resume else (0, learner.init())
         self.is_main = jax.process_index() == 0
-        self.metrics = (
-            MetricsLog(config.folder / METRICS_FILE, self.step) if self.is_main else None
-        )
+        self.metrics = MetricsLog(config.folder / METRICS_FILE, self.step) if self.is_main else None
         self._unread: tuple[int, StepMetrics] | None = None
         self._clock = time.perf_counter()
         self._bar = tqdm(
@@ -113,7 +111,7 @@ class Trainer:
                 name = stop.received.name if stop.received else "a stop of another process"
                 return Summary(self.step, None, name)
         self._read_metrics()
-        val_loss = self._evaluate(self._eval_batches(None))
+        val_loss = self._evaluate(self._eval_batches(self.config.train.final_eval_windows))
         self._save()
         return Summary(self.step, val_loss, None)
 
@@ -130,8 +128,8 @@ class Trainer:
         tokens = runtime.put(batch, self.learner.batch_sharding)
         self.state, report = self.learner.train_step(self.state, tokens)
         self.step += 1
-        # The step before is read while this one runs: the devices never wait for Python, and at most
-        # two steps are under way (jax 0.11 hangs on a CPU with some 35 of them).
+        # The step before is read while this one runs: the devices never wait for Python, and at
+        # most two steps are under way (jax 0.11 hangs on a CPU with some 35 of them).
         self._read_metrics()
         self._unread = (self.step, report)
 
@@ -219,7 +217,7 @@ class Trainer:
         self._clock = time.perf_counter()
 
     def _restore(self) -> tuple[int, TrainState]:
-        """Step and state of the newest checkpoint, with the data iterator set behind its last batch."""
+        """Step and state of the newest checkpoint; sets the data iterator behind its last batch."""
         steps = self.checkpoints.steps()
         if not steps:
             log.warning("%s has no checkpoint yet: starting at step 0", self.config.folder)

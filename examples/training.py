@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 import jaxmoe
-from model import Transformer, token_sharding
+from model import Transformer, split_model, token_sharding
 from presets import RunConfig, SettingsError, TrainConfig
 
 
@@ -100,7 +100,7 @@ class Learner:
         self.train_step: Callable[..., tuple[TrainState, StepMetrics]] = self._jit(
             self._train_step, out_shardings=(shardings, None), donate_argnums=0
         )
-        """(state, tokens int32 [A, B / A, context + 1]) -> (next state, metrics); uses up the state."""
+        """(state, tokens int32 [A, B / A, context + 1]) -> (next state, metrics), state donated."""
         self.eval_step: Callable[..., Array] = self._jit(self._eval_step)
         """(state, tokens int32 [B, context + 1], weights [B]) -> the sum of nats of the rows."""
 
@@ -114,7 +114,7 @@ class Learner:
         return call
 
     def _init(self) -> TrainState:
-        _, params, router = nnx.split(self._new_model(), nnx.Param, ...)
+        _, params, router = split_model(self._new_model())
         return TrainState(params, router, self.optimizer.init(params), jnp.int32(0))
 
     def _losses(
@@ -167,7 +167,7 @@ class Learner:
         """The selection biases after a step with these loads of the experts."""
         model = nnx.merge(self.graphdef, state.params, state.router)
         model.update_bias(stats, self.config.train.bias_update_rate)
-        return nnx.split(model, nnx.Param, ...)[2]
+        return split_model(model)[2]
 
     def _eval_step(self, state: TrainState, tokens: Array, weights: Array) -> Array:
         model = nnx.merge(self.graphdef, state.params, state.router)
