@@ -17,7 +17,7 @@ from jaxmoe import losses
 from jaxmoe.experts import swiglu, swiglu_experts
 from jaxmoe.group import ExpertParallel
 from jaxmoe.ops import combine, dispatch
-from jaxmoe.routing import RouterConfig, count_tokens_per_expert, route
+from jaxmoe.routing import RouterConfig, Routing, count_tokens_per_expert, route
 
 Params = dict[str, jax.Array]
 Initializer = Callable[..., jax.Array]
@@ -226,7 +226,7 @@ def _local_layer(
 
     logits = x.astype(jnp.float32) @ params["router"].astype(jnp.float32)
     routing = route(logits, group.top_k, router, bias=bias, mask=mask, key=key)
-    stats = _statistics(config, routing, mask)
+    stats = _statistics(config, routing)
 
     tokens = x.reshape(-1, group.dim).astype(group.dtype)
     weight = {name: p.astype(group.dtype) for name, p in params.items() if name != "router"}
@@ -253,8 +253,9 @@ def _local_layer(
     return y.reshape(x.shape).astype(x.dtype), dataclasses.replace(stats, num_dropped=dropped)
 
 
-def _statistics(config: MoEConfig, routing: Any, mask: Any) -> MoEStats:
+def _statistics(config: MoEConfig, routing: Routing) -> MoEStats:
     axes = config.token_axes or None
+    routed = routing.expert_ids[..., 0] >= 0
     counts = count_tokens_per_expert(routing.expert_ids, config.group.num_experts)
     return MoEStats(
         tokens_per_expert=_sum(config, counts),
@@ -263,7 +264,7 @@ def _statistics(config: MoEConfig, routing: Any, mask: Any) -> MoEStats:
         load_balance_loss=losses.load_balance_loss(
             routing.scores, routing.expert_ids, axis_name=axes
         ),
-        z_loss=losses.router_z_loss(routing.logits, mask=mask, axis_name=axes),
+        z_loss=losses.router_z_loss(routing.logits, mask=routed, axis_name=axes),
         sequence_loss=losses.sequence_balance_loss(
             routing.scores, routing.expert_ids, axis_name=axes
         ),
