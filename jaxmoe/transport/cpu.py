@@ -57,8 +57,12 @@ class CpuGroup:
         self.uid = _new_uid(mesh, spec)
         here = jax.process_index() if mesh is not None else 0
         self._lib.open_group(self.uid, spec.timeout, processes.tolist(), here)
-        if (processes != here).any():
-            _join(self._lib, self.uid, spec, sorted(set(processes.ravel().tolist())), here)
+        try:
+            if (processes != here).any():
+                _join(self._lib, self.uid, spec, sorted(set(processes.ravel().tolist())), here)
+        except BaseException:  # also when the user interrupts the wait for the others
+            self.close()
+            raise
 
     def close(self) -> None:
         self._lib.close_group(self.uid)

@@ -1,5 +1,6 @@
 #include "xla_ffi/cpu/exchange.h"
 
+#include <exception>
 #include <sstream>
 #include <utility>
 
@@ -113,6 +114,8 @@ void Exchange::Start() {
     std::move(work.first.begin(), work.first.end(), std::back_inserter(first));
     std::move(work.second.begin(), work.second.end(), std::back_inserter(second));
   }
+  first = Guarded(std::move(first));
+  second = Guarded(std::move(second));
   const size_t bytes = shape_.capacity * shape_.row_bytes() * num;
   if (bytes <= kInlineBytes) {
     for (auto& task : first) task();
@@ -122,6 +125,22 @@ void Exchange::Start() {
   RunAllOnPool(std::move(first), [self = shared_from_this(), second = std::move(second)]() mutable {
     RunAllOnPool(std::move(second), [self] { self->Finish(); });
   });
+}
+
+// Tasks whose exceptions (there is no memory) become the call's error. Later steps then do nothing.
+Tasks Exchange::Guarded(Tasks tasks) {
+  for (auto& task : tasks) {
+    task = [self = shared_from_this(), task = std::move(task)] {
+      if (self->failed()) return;
+      try {
+        task();
+      } catch (const std::exception& failure) {
+        std::lock_guard<std::mutex> lock(self->mutex_);
+        self->error_ = failure.what();
+      }
+    };
+  }
+  return tasks;
 }
 
 void Exchange::Finish() {

@@ -84,6 +84,7 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
  private:
   void CheckShape(int64_t rank, const CallShape& shape);
   bool Count(std::unique_lock<std::mutex> lock);
+  Tasks Guarded(Tasks tasks);
   void Finish();
   void DeliverIfReady(std::unique_lock<std::mutex> lock);
 
@@ -100,7 +101,7 @@ class Exchange : public std::enable_shared_from_this<Exchange> {
   int64_t num_holds_ = 0;
   bool started_ = false;                      // everybody came before an error did
   bool worked_ = false;                       // all results of this process are written
-  std::string error_;                         // set once, by Fail
+  std::string error_;                         // set once, by Fail or by work that failed
   std::vector<std::vector<Source>> sources_;  // [rank], what the work of a local rank reads
 };
 

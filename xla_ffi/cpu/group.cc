@@ -1,21 +1,27 @@
 #include "xla_ffi/cpu/group.h"
 
+#include <unistd.h>
+
 #include <algorithm>
-#include <cmath>
 #include <set>
 #include <sstream>
 #include <stdexcept>
 #include <thread>
 #include <utility>
 
+#include "xla_ffi/cpu/threads.h"
+
 namespace jaxmoe {
 namespace {
 
 // Payloads of one device that peers may be reading at a time; further ones wait for a slot.
-constexpr int64_t kSlotsPerDevice = 64;
+// Slots take memory when first used. Too few could let processes that run many independent calls in
+// different orders wait for each other.
+constexpr int64_t kSlotsPerDevice = 256;
 constexpr auto kWatchPeriod = std::chrono::milliseconds(50);
 
 struct Registry {
+  const pid_t process = getpid();
   std::mutex mutex;
   std::map<int64_t, std::shared_ptr<Group>> groups;
 };
@@ -40,6 +46,7 @@ void WatchDeadlines() {
 }  // namespace
 
 void Group::Open(GroupOptions options) {
+  StartPool();
   static const bool watching = [] {
     std::thread(WatchDeadlines).detach();
     return true;
@@ -59,6 +66,8 @@ std::shared_ptr<Group> Group::Find(int64_t uid) {
 }
 
 void Group::Close(int64_t uid) {
+  // A fork has the groups but none of their threads: waiting for one to end would take for ever.
+  if (TheRegistry().process != getpid()) return;
   std::shared_ptr<Group> group;
   {
     std::lock_guard<std::mutex> lock(TheRegistry().mutex);
@@ -156,6 +165,7 @@ void Group::Send(const std::shared_ptr<Exchange>& exchange, const CallShape& sha
     exchange->Unhold();
   };
   outgoing.cancelled = [exchange] { return exchange->failed(); };
+  outgoing.deadline = exchange->deadline();
   link_->Send(std::move(outgoing));
 }
 

@@ -4,12 +4,14 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <system_error>
 #include <tuple>
 #include <utility>
 
 #include "xla_ffi/common/config.h"
 #include "xla_ffi/cpu/group.h"
 #include "xla_ffi/cpu/rows.h"
+#include "xla_ffi/cpu/threads.h"
 
 namespace jaxmoe {
 namespace ffi = xla::ffi;
@@ -66,6 +68,11 @@ ffi::Future Arrive(Operation op, ffi::RunId run, int32_t device, const CallState
     return Failed(name + ": expected a device below " + std::to_string(shape.num_devices) +
                   " and a slice below " + std::to_string(group->num_slices()) + ", got " +
                   std::to_string(rank) + " and " + std::to_string(slice));
+  }
+  try {
+    StartDeviceThread(device);
+  } catch (const std::system_error& error) {
+    return Failed(name + ": cannot start a thread: " + error.what());
   }
   ffi::Promise promise;
   ffi::Future future(promise);

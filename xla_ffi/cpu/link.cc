@@ -34,6 +34,11 @@ void Link::Stop() {
   stop_ = true;
   own_->Ring();
   thread_.join();
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    closed_ = true;
+  }
+  TrySend();
 }
 
 void Link::Send(Outgoing outgoing) {
@@ -50,23 +55,27 @@ void Link::TrySend() {
   std::vector<std::pair<std::shared_ptr<Outgoing>, std::string>> ended;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    while (!waiting_.empty()) {
-      std::shared_ptr<Outgoing> next = waiting_.front();
-      if (next->cancelled()) {
-        ended.emplace_back(next, "");
+    std::deque<std::shared_ptr<Outgoing>> still_waiting;
+    for (std::shared_ptr<Outgoing>& next : waiting_) {
+      std::string error;
+      if (GivenUp(*next, &error)) {
+        ended.emplace_back(std::move(next), error);
+      } else if (!still_waiting.empty()) {  // there was no slot for an earlier one
+        still_waiting.push_back(std::move(next));
       } else {
-        int64_t slot = -1;
         try {
-          slot = own_->TakeSlot(next->num_readers, next->bytes);
-          if (slot < 0) break;
-          next->announcement.slot = slot;
-          ready.push_back(next);
-        } catch (const std::exception& error) {
-          ended.emplace_back(next, error.what());
+          next->announcement.slot = own_->TakeSlot(next->num_readers, next->bytes);
+          if (next->announcement.slot < 0) {
+            still_waiting.push_back(std::move(next));
+          } else {
+            ready.push_back(std::move(next));
+          }
+        } catch (const std::exception& failure) {
+          ended.emplace_back(std::move(next), failure.what());
         }
       }
-      waiting_.pop_front();
     }
+    waiting_.swap(still_waiting);
   }
   for (auto& [outgoing, error] : ended) outgoing->written(error);
   for (auto& outgoing : ready) {
@@ -74,8 +83,25 @@ void Link::TrySend() {
   }
 }
 
+// Whether one that waits for a slot should wait no longer, and the error if it is one. Called with
+// mutex_ held.
+bool Link::GivenUp(const Outgoing& outgoing, std::string* error) const {
+  if (outgoing.cancelled()) return true;
+  if (closed_) {
+    *error = "the group was closed during the call";
+  } else if (Clock::now() >= outgoing.deadline) {
+    *error = "timed out: peers did not read earlier payloads, no shared memory is free";
+  }
+  return !error->empty();
+}
+
 void Link::Write(std::shared_ptr<Outgoing> outgoing) {
-  outgoing->write(own_->slot(outgoing->announcement.slot));
+  try {
+    outgoing->write(own_->slot(outgoing->announcement.slot));
+  } catch (const std::exception& failure) {
+    own_->ReturnSlot(outgoing->announcement.slot);
+    return outgoing->written(failure.what());
+  }
   {
     std::lock_guard<std::mutex> lock(mutex_);
     written_.push_back(outgoing);

@@ -8,11 +8,11 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "xla_ffi/cpu/segment.h"
@@ -25,8 +25,10 @@ struct Outgoing {
   int64_t num_readers = 0;    // processes that will release it
   size_t bytes = 0;
   std::function<void(char*)> write;
-  std::function<void(const std::string& error)> written;  // operands are free again
-  std::function<bool()> cancelled;                        // nobody wants it any more
+  // Called once; the operands are free again. With an error the payload was not sent.
+  std::function<void(const std::string& error)> written;
+  std::function<bool()> cancelled;  // nobody wants it any more
+  Clock::time_point deadline;       // for finding a slot
 };
 
 class Link : public std::enable_shared_from_this<Link> {
@@ -43,7 +45,7 @@ class Link : public std::enable_shared_from_this<Link> {
 
   // Sends as soon as there is room; never blocks.
   void Send(Outgoing outgoing);
-  // No callback runs after this returns.
+  // Nothing is received after this returns, and sends that have no slot end with an error.
   void Stop();
 
  private:
@@ -55,6 +57,7 @@ class Link : public std::enable_shared_from_this<Link> {
   void Progress();
   void ReceiveAll();
   void TrySend();
+  bool GivenUp(const Outgoing& outgoing, std::string* error) const;
   void Write(std::shared_ptr<Outgoing> outgoing);
   void TryAnnounce();
 
@@ -66,6 +69,7 @@ class Link : public std::enable_shared_from_this<Link> {
   std::atomic<bool> stop_{false};
 
   std::mutex mutex_;
+  bool closed_ = false;
   std::vector<Peer> peers_;
   std::deque<std::shared_ptr<Outgoing>> waiting_;  // for a slot
   std::deque<std::shared_ptr<Outgoing>> written_;  // for room in the ring

@@ -38,11 +38,10 @@ class Payload {
   // Where the n-th of these destinations finds its part.
   size_t Offset(size_t n) const { return PerDestination() ? n * PartBytes() : 0; }
 
-  size_t TokensOffset() const { return 0; }  // [T, D] tokens or partial sums
-  size_t IdsOffset() const {
-    return Align(shape_.num_tokens * shape_.row_bytes());
-  }                               // [T, K] int32
-  size_t ChoicesOffset() const {  // [T, K] float32
+  // [T, D] tokens or partial sums, [T, K] int32 ids, [T, K] float32 values of choices.
+  size_t TokensOffset() const { return 0; }
+  size_t IdsOffset() const { return Align(shape_.num_tokens * shape_.row_bytes()); }
+  size_t ChoicesOffset() const {
     return IdsOffset() + (op_ == Operation::kDispatch ? Align(ChoiceBytes()) : 0);
   }
 

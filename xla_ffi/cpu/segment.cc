@@ -23,6 +23,16 @@ constexpr int64_t kMaxSlots = 1 << 14;
 
 size_t RoundToPages(size_t n) { return (n + kPage - 1) / kPage * kPage; }
 
+// Gives bytes [begin, begin + size) of a shared-memory file memory, so that touching them later
+// cannot end the process by SIGBUS. Returns an error number, or 0.
+int Reserve(int fd, size_t begin, size_t size) {
+  int error;
+  do {
+    error = posix_fallocate(fd, static_cast<off_t>(begin), static_cast<off_t>(size));
+  } while (error == EINTR);
+  return error;
+}
+
 [[noreturn]] void Throw(const std::string& what, const std::string& advice) {
   throw std::runtime_error("shared memory: " + what + ": " + std::strerror(errno) + ". " + advice);
 }
@@ -48,26 +58,35 @@ size_t Segment::SlotOffset(int64_t i) const {
 
 std::shared_ptr<Segment> Segment::Create(const std::string& name, int64_t num_slots,
                                          size_t slot_bytes) {
-  std::shared_ptr<Segment> segment(new Segment);
   slot_bytes = RoundToPages(std::max<size_t>(slot_bytes, 1));
   num_slots = std::min(num_slots, kMaxSlots);
+  std::shared_ptr<Segment> segment(new Segment);
   segment->fd_ = shm_open(name.c_str(), O_CREAT | O_EXCL | O_RDWR, 0600);
   if (segment->fd_ < 0) Throw("cannot create " + name, "Is /dev/shm mounted and writable?");
-  segment->bytes_ = RoundToPages(sizeof(Header)) + static_cast<size_t>(num_slots) * slot_bytes;
+  try {
+    segment->MakeLayout(name, num_slots, slot_bytes);
+  } catch (...) {
+    Unlink(name);
+    throw;
+  }
+  return segment;
+}
+
+void Segment::MakeLayout(const std::string& name, int64_t num_slots, size_t slot_bytes) {
+  const size_t header_bytes = RoundToPages(sizeof(Header));
+  bytes_ = header_bytes + static_cast<size_t>(num_slots) * slot_bytes;
   // Slots take memory when they are first used; the header needs it now.
-  if (ftruncate(segment->fd_, static_cast<off_t>(segment->bytes_)) != 0 ||
-      posix_fallocate(segment->fd_, 0, static_cast<off_t>(RoundToPages(sizeof(Header)))) != 0) {
+  if (ftruncate(fd_, static_cast<off_t>(bytes_)) != 0 ||
+      (errno = Reserve(fd_, 0, header_bytes)) != 0) {
     Throw("cannot size " + name, "Make /dev/shm larger, or lower max_tokens.");
   }
-  void* base = mmap(nullptr, segment->bytes_, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE,
-                    segment->fd_, 0);
+  void* base = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd_, 0);
   if (base == MAP_FAILED) Throw("cannot map " + name, "Raise the limit on address space.");
-  segment->base_ = static_cast<char*>(base);
+  base_ = static_cast<char*>(base);
   Header* header = new (base) Header();
   header->num_slots = num_slots;
   header->slot_bytes = slot_bytes;
   header->magic = kMagic;
-  return segment;
 }
 
 std::shared_ptr<Segment> Segment::Open(const std::string& name) {
@@ -83,7 +102,7 @@ std::shared_ptr<Segment> Segment::Open(const std::string& name) {
   close(fd);
   if (base == MAP_FAILED) Throw("cannot map " + name, "Raise the limit on address space.");
   segment->base_ = static_cast<char*>(base);
-  if (segment->header().magic != kMagic) {
+  if (segment->bytes_ < sizeof(Header) || segment->header().magic != kMagic) {
     throw std::runtime_error("shared memory: " + name +
                              " has another layout. Use the same jaxmoe in all processes.");
   }
@@ -105,8 +124,7 @@ int64_t Segment::TakeSlot(int64_t num_readers, size_t bytes) {
   }
   for (int64_t i = 0; i < h.num_slots; ++i) {
     if (h.unreleased[i].load(std::memory_order_acquire) != 0) continue;
-    const int error = posix_fallocate(fd_, static_cast<off_t>(SlotOffset(i)),
-                                      static_cast<off_t>(std::max<size_t>(bytes, 1)));
+    const int error = Reserve(fd_, SlotOffset(i), std::max<size_t>(bytes, 1));
     if (error != 0) {
       errno = error;
       Throw("cannot reserve " + std::to_string(bytes) + " bytes",
@@ -140,6 +158,10 @@ bool Segment::Take(int64_t process, Announcement* announcement) {
 
 void Segment::ReleaseSlot(int64_t slot) {
   header().unreleased[slot].fetch_sub(1, std::memory_order_release);
+}
+
+void Segment::ReturnSlot(int64_t slot) {
+  header().unreleased[slot].store(0, std::memory_order_release);
 }
 
 uint32_t Segment::Doorbell() const { return header().doorbell.load(std::memory_order_acquire); }

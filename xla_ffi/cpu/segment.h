@@ -1,18 +1,25 @@
 // Shared memory between the processes of a group on one host.
 //
 // Each process owns one segment per group, which its peers map. Layout, in this order:
-//   Header         written once by the owner
-//   doorbell       rung (incremented, futex) by peers when they have done something the owner waits
-//   for ring           announcements of the owner, read by every peer at its own pace readers per
-//   peer, how many announcements it has taken slots' counts  per slot, how many peers have not
-//   released it yet; 0 is free slots          payloads
+//
+//   Header      written once by the owner
+//   doorbell    incremented (and its futex woken) by peers that did what the owner waits for
+//   announced   how many announcements the owner has made
+//   taken       per peer, how many of them it has taken
+//   unreleased  per slot, how many peers have not released it yet; 0 is free
+//   ring        the latest announcements, read by every peer at its own pace
+//   slots       payloads
+//
 // Words are touched through this class only.
+//
 //   Announce: the owner writes the entry, then increments `announced` (release).
 //   Take:     a peer sees `announced` (acquire), reads the entry, then increments its own word
-//   (release). The owner overwrites an entry only when every peer's word (acquire) is past it.
+//             (release). The owner overwrites an entry only when every peer's word (acquire) is
+//             past it.
 //   Release:  a peer decrements the slot's count (release) once it has read the payload; the owner
-//   reuses
-//             the slot when it sees 0 (acquire). Nothing is ever reset.
+//             reuses the slot when it sees 0 (acquire).
+//
+// Nothing is ever reset.
 
 #ifndef JAXMOE_XLA_FFI_CPU_SEGMENT_H_
 #define JAXMOE_XLA_FFI_CPU_SEGMENT_H_
@@ -40,7 +47,7 @@ class Segment {
   static constexpr int64_t kMaxProcesses = 256;
   static constexpr uint64_t kRing = 1024;
 
-  // Both throw std::runtime_error with a sentence for the user.
+  // Both throw std::runtime_error with a sentence for the user, and leave no name behind then.
   static std::shared_ptr<Segment> Create(const std::string& name, int64_t num_slots,
                                          size_t slot_bytes);
   static std::shared_ptr<Segment> Open(const std::string& name);
@@ -58,6 +65,8 @@ class Segment {
   // Peer `process`. Takes the next announcement, if there is one.
   bool Take(int64_t process, Announcement* announcement);
   void ReleaseSlot(int64_t slot);
+  // Owner. Frees a slot that was never announced.
+  void ReturnSlot(int64_t slot);
 
   const char* slot(int64_t i) const { return base_ + SlotOffset(i); }
   char* slot(int64_t i) { return base_ + SlotOffset(i); }
@@ -70,6 +79,7 @@ class Segment {
  private:
   struct Header;
   Segment() = default;
+  void MakeLayout(const std::string& name, int64_t num_slots, size_t slot_bytes);
   Header& header() const { return *reinterpret_cast<Header*>(base_); }
   size_t SlotOffset(int64_t i) const;
 

@@ -1,10 +1,12 @@
 #include "xla_ffi/cpu/threads.h"
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <unordered_map>
 #include <utility>
@@ -17,8 +19,15 @@ using Task = std::function<void()>;
 // A queue and the threads that serve it.
 class Workers {
  public:
+  // Makes do with fewer threads where the system gives no more; throws if it gives none.
   explicit Workers(unsigned num_threads) {
-    for (unsigned i = 0; i < num_threads; ++i) std::thread([this] { Serve(); }).detach();
+    for (unsigned i = 0; i < num_threads; ++i) {
+      try {
+        std::thread([this] { Serve(); }).detach();
+      } catch (const std::system_error&) {
+        if (i == 0) throw;
+      }
+    }
   }
 
   void Push(Task task) {
@@ -46,12 +55,27 @@ class Workers {
   std::deque<Task> queue_;
 };
 
+Workers& Pool() {
+  static auto* pool = new Workers(std::max(1u, std::thread::hardware_concurrency()));
+  return *pool;
+}
+
+Workers& DeviceThread(int32_t device) {
+  static auto* mutex = new std::mutex;
+  static auto* threads = new std::unordered_map<int32_t, std::unique_ptr<Workers>>;
+  std::lock_guard<std::mutex> lock(*mutex);
+  std::unique_ptr<Workers>& worker = (*threads)[device];
+  if (worker == nullptr) worker = std::make_unique<Workers>(1);
+  return *worker;
+}
+
 }  // namespace
 
-void RunOnPool(Task task) {
-  static Workers* pool = new Workers(std::max(1u, std::thread::hardware_concurrency()));
-  pool->Push(std::move(task));
-}
+void StartPool() { Pool(); }
+
+void StartDeviceThread(int32_t device) { DeviceThread(device); }
+
+void RunOnPool(Task task) { Pool().Push(std::move(task)); }
 
 void RunAllOnPool(std::vector<Task> tasks, Task done) {
   if (tasks.empty()) return done();
@@ -65,17 +89,6 @@ void RunAllOnPool(std::vector<Task> tasks, Task done) {
   }
 }
 
-void RunOnDeviceThread(int32_t device, Task task) {
-  static auto* mutex = new std::mutex;
-  static auto* threads = new std::unordered_map<int32_t, Workers*>;
-  Workers* worker;
-  {
-    std::lock_guard<std::mutex> lock(*mutex);
-    Workers*& slot = (*threads)[device];
-    if (slot == nullptr) slot = new Workers(1);
-    worker = slot;
-  }
-  worker->Push(std::move(task));
-}
+void RunOnDeviceThread(int32_t device, Task task) { DeviceThread(device).Push(std::move(task)); }
 
 }  // namespace jaxmoe

@@ -10,6 +10,11 @@
 
 namespace jaxmoe {
 
+// Start the threads that the functions below need, so that those do not fail. They throw
+// std::system_error if the system gives no thread.
+void StartPool();
+void StartDeviceThread(int32_t device);
+
 // Runs `task` on one of as many workers as there are cores. Tasks must not wait for one another.
 void RunOnPool(std::function<void()> task);
 
