@@ -6,6 +6,7 @@
 
 #include "xla_ffi/common/plan.h"
 #include "xla_ffi/cpu/rows.h"
+#include "xla_ffi/cpu/zero.h"
 
 namespace jaxmoe {
 namespace {
@@ -18,6 +19,10 @@ template <typename T>
 T* Out(const Buffers& buffers, int i) {
   return static_cast<T*>(buffers.out[i]);
 }
+
+// An index of a plan, which comes through the caller's program: one that is out of range counts as
+// absent (-1), so that no plan makes us read past a buffer.
+int32_t InRange(int32_t index, int64_t size) { return index < size ? index : -1; }
 
 // Splits [0, n) into ranges of about a quarter of a MiB, though not many more than there are cores.
 void AddRanges(int64_t n, size_t bytes_each, std::function<void(int64_t, int64_t)> body,
@@ -74,7 +79,7 @@ void CopyRows(const CallShape& shape, const Buffers& own, const std::vector<Sour
             : reinterpret_cast<const float*>(source.payload + layout.ChoicesOffset());
     row_weights[r] = weights[origin.choice];
   }
-  std::memset(rows + used * bytes, 0, (end - used) * bytes);
+  FillZero(rows + used * bytes, (end - used) * bytes);
   std::fill(row_weights + used, row_weights + end, 0.0f);
 }
 
@@ -110,8 +115,9 @@ void CombineGradRows(const CallShape& shape, const Buffers& own, const std::vect
   const int32_t* row_source = In<int32_t>(own, 3);
   char* d_rows = Out<char>(own, 0);
   float* d_row_weights = Out<float>(own, 1);
+  const int64_t num_sources = shape.num_devices * shape.num_choices();
   for (int64_t r = begin; r < end; ++r) {
-    if (row_source[r] < 0) {
+    if (InRange(row_source[r], num_sources) < 0) {
       std::memset(d_rows + r * bytes, 0, bytes);
       d_row_weights[r] = 0.0f;
       continue;
@@ -145,7 +151,7 @@ bool PartialSum(const CallShape& shape, const RowMath& math, const Rows& from,
                 const int32_t* choice_rows, float* sum) {
   bool any = false;
   for (int64_t k = 0; k < shape.top_k; ++k) {
-    const int32_t row = choice_rows[k];
+    const int32_t row = InRange(choice_rows[k], shape.capacity);
     if (row < 0) continue;
     if (!any) std::fill_n(sum, shape.dim, 0.0f);
     any = true;
@@ -172,7 +178,8 @@ void WritePartialSums(Operation op, const CallShape& shape, const Buffers& own, 
   }
   if (from.row_values == nullptr) return;
   for (int64_t c = 0; c < shape.num_choices(); ++c) {
-    values[c] = map[c] >= 0 ? from.row_values[map[c]] : 0.0f;
+    const int32_t row = InRange(map[c], shape.capacity);
+    values[c] = row >= 0 ? from.row_values[row] : 0.0f;
   }
 }
 
@@ -218,7 +225,7 @@ void CollectChoices(const CallShape& shape, int64_t rank, const Buffers& own,
       d_weights[c] = reinterpret_cast<const float*>(source.payload + layout.ChoicesOffset())[c];
     } else {
       const Rows from = RowsOf(Operation::kDispatchGrad, *source.local);
-      const int32_t row = from.row_map[rank * shape.num_choices() + c];
+      const int32_t row = InRange(from.row_map[rank * shape.num_choices() + c], shape.capacity);
       if (row >= 0) d_weights[c] = from.row_values[row];
     }
   }
