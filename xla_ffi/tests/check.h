@@ -1,5 +1,5 @@
-// The C++ test harness: TEST(name) { ... } registers a test, CHECK and CHECK_EQ record a failure
-// and go on, main.cc runs every test and returns non-zero when a check failed or no test was
+// The C++ test harness: TEST(name) { ... } registers a test, the CHECKs record a failure and
+// go on, main.cc runs every test and returns non-zero when a check failed or no test was
 // registered. Of our own, so that CMake and Bazel need nothing installed.
 
 #ifndef JAXMOE_XLA_FFI_TESTS_CHECK_H_
@@ -18,6 +18,9 @@ bool Register(const char* name, void (*run)());
 
 // Records a failed check of the running test. Any thread may call it.
 void Fail(const char* file, int line, const std::string& message);
+
+// Failed checks of this process so far: what a forked process has to report.
+int NumFailures();
 
 template <typename T>
 void Print(std::ostream& out, const T& value) {
@@ -45,6 +48,12 @@ void CheckEq(const A& got, const B& want, const char* expression, const char* fi
   Fail(file, line, message.str());
 }
 
+inline void CheckContains(const std::string& text, const std::string& part, const char* file,
+                          int line) {
+  if (text.find(part) != std::string::npos) return;
+  Fail(file, line, "\"" + part + "\" is not in \"" + text + "\"");
+}
+
 }  // namespace jaxmoe::testing
 
 #define TEST(name)                                                                               \
@@ -60,5 +69,9 @@ void CheckEq(const A& got, const B& want, const char* expression, const char* fi
 // Equality of two printable values, or vectors of them; both are printed when they differ.
 #define CHECK_EQ(got, want) \
   jaxmoe::testing::CheckEq((got), (want), #got " == " #want, __FILE__, __LINE__)
+
+// The text has the part in it.
+#define CHECK_CONTAINS(text, part) \
+  jaxmoe::testing::CheckContains((text), (part), __FILE__, __LINE__)
 
 #endif  // JAXMOE_XLA_FFI_TESTS_CHECK_H_

@@ -34,6 +34,8 @@ void Fail(const char* file, int line, const std::string& message) {
   std::fprintf(stderr, "%s:%d: CHECK failed: %s\n", file, line, message.c_str());
 }
 
+int NumFailures() { return num_failures.load(); }
+
 }  // namespace jaxmoe::testing
 
 int main() {
