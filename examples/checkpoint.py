@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,7 +116,12 @@ class Checkpoints:
             create=keep is not None,
             enable_async_checkpointing=keep is not None,
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        handlers = {
+            "model": ocp.StandardCheckpointHandler(),
+            "optimizer": ocp.StandardCheckpointHandler(),
+            "position": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, oldest first."""
@@ -140,6 +147,7 @@ class Checkpoints:
     def read_model(self, step: int, params: nnx.State, router: nnx.State) -> dict[str, nnx.State]:
         """`params` and `router` of a step, with the arguments' shapes, dtypes and shardings."""
         target = {"params": params, "router": router}
+        self._check_shapes(step, target)
         return self._restore(step, model=self._ocp.args.StandardRestore(target))["model"]
 
     def read_state(self, step: int, abstract: TrainState) -> TrainState:
@@ -149,19 +157,52 @@ class Checkpoints:
         rest = self._restore(step, optimizer=self._ocp.args.StandardRestore(target))["optimizer"]
         return type(abstract)(**model, opt_state=rest["state"], step=rest["step"])
 
+    def _check_shapes(self, step: int, target: Any) -> None:
+        """Raises CheckpointError when the checkpoint is of a model of other sizes."""
+        with self._explained(step):
+            stored = _shapes(self._manager.item_metadata(step)["model"])
+        wanted = _shapes(target)
+        for name in sorted(wanted.keys() | stored.keys()):
+            if wanted.get(name) != stored.get(name):
+                raise CheckpointError(
+                    f"checkpoint {self.folder / str(step)} is of another model: {name} has shape "
+                    f"{stored.get(name)} there and {wanted.get(name)} by {CONFIG_FILE}. Put back "
+                    f"the {CONFIG_FILE} that the run was trained with."
+                )
+
     def _restore(self, step: int, **items: Any) -> Any:
-        try:
+        with self._explained(step):
             return self._manager.restore(step, args=self._ocp.args.Composite(**items))
-        except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
+
+    @contextlib.contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        """Turns what orbax and tensorstore raise for damaged files, many kinds, into one."""
+        try:
+            yield
+        except Exception as error:
             others = [str(s) for s in self.steps() if s != step]
             raise CheckpointError(
-                f"checkpoint {self.folder / str(step)} cannot be read, it is damaged or of another "
-                f"model: {error}\nOther checkpoints here: {', '.join(others) or 'none'}. "
-                "Delete this one to use the newest of them"
-                + ("." if others else ": there is none, so train again with --overwrite.")
+                f"checkpoint {self.folder / str(step)} is damaged: {error}\n"
+                f"Other checkpoints here: {', '.join(others) or 'none'}. "
+                + (
+                    "Delete the damaged one to use the newest of them."
+                    if others
+                    else "Train again with --overwrite."
+                )
             ) from error
 
     def close(self) -> None:
         """Waits for the writing to end; raises what went wrong in the background."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of every array of a tree by its path."""
+    import jax
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in leaves
+    }

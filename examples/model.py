@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -180,13 +179,13 @@ class Transformer(nnx.Module):
             x = jax.lax.with_sharding_constraint(x, token_sharding(self.mesh))
         # A cached call has no backward pass to save memory for.
         remat = self.config.remat and caches is None
-        call: Callable[..., Any] = nnx.remat(Block.__call__) if remat else Block.__call__
         new_caches: list[KVCache] = []
         stats: list[jaxmoe.MoEStats] = []
         for i, block in enumerate(self.blocks):
             cache = None if caches is None else caches[i]
             layer_key = None if key is None else jax.random.fold_in(key, i)
-            x, cache, layer_stats = call(block, x, positions, cache, mask, layer_key)
+            call = jax.checkpoint(block) if remat else block
+            x, cache, layer_stats = call(x, positions, cache, mask, layer_key)
             if cache is not None:
                 new_caches.append(cache)
             if layer_stats is not None:

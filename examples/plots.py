@@ -63,8 +63,9 @@ def draw_experts(records: list[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
-def _smooth(values: np.ndarray, factor: float = 0.95) -> np.ndarray:
-    """Exponential moving average without a bias towards zero at the start."""
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Moving average over about a fiftieth of the steps, without a bias to zero at the start."""
+    factor = 1 - 1 / max(1.0, len(values) / 50)
     mean, weight, out = 0.0, 0.0, np.empty_like(values)
     for i, value in enumerate(values):
         mean = factor * mean + (1 - factor) * value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -68,10 +69,11 @@ class TiktokenTokenizer:
 
     def __init__(self, path: Path) -> None:
         import tiktoken
-        from tiktoken.load import load_tiktoken_bpe
         from tiktoken_ext.openai_public import r50k_pat_str
 
-        ranks = load_tiktoken_bpe(str(path))
+        # Read here: tiktoken's own loader keeps a copy and does not see the file change.
+        lines = [line.split() for line in path.read_bytes().splitlines() if line.strip()]
+        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         self.end_of_text = max(ranks.values()) + 1
         self.vocab_size = self.end_of_text + 1
         self._encoding = tiktoken.Encoding(
