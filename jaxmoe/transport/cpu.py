@@ -58,7 +58,8 @@ class CpuGroup:
         here = jax.process_index() if mesh is not None else 0
         self._lib.open_group(self.uid, spec.timeout, processes.tolist(), here)
         try:
-            if (processes != here).any():
+            # A process may also make groups that it has no device in.
+            if here in processes and (processes != processes[:, :1]).any():
                 _join(self._lib, self.uid, spec, sorted(set(processes.ravel().tolist())), here)
         except BaseException:  # also when the user interrupts the wait for the others
             self.close()

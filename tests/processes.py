@@ -1,0 +1,127 @@
+"""Starts the processes of a multi-process test, and is imported by them.
+
+A test launches a script of `tests/workers/` N times. Each process calls `join` first. The test
+asserts the exit code of every process, and a failure shows the log of every process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+SHARED_MEMORY = Path("/dev/shm")
+GRACE_SECONDS = 5.0  # for the others to end by themselves once one has failed
+
+
+def join(**options: object) -> int:
+    """Join the processes of this launch through `jax.distributed`; returns this one's number."""
+    import jax
+
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    rank, num = int(os.environ["JAXMOE_TEST_RANK"]), int(os.environ["JAXMOE_TEST_PROCESSES"])
+    if num > 1:
+        jax.distributed.initialize(os.environ["JAXMOE_TEST_ADDRESS"], num, rank, **options)
+    return rank
+
+
+class Launch:
+    """Running processes; a context manager that leaves none behind.
+
+    Args:
+      worker: name of the script in `tests/workers/`, without its ending.
+      num_processes: how many times it is started.
+      num_devices: host devices of each process.
+      args: further arguments of the script.
+    """
+
+    def __init__(self, worker: str, num_processes: int, num_devices: int, *args: str):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        self._folder = tempfile.TemporaryDirectory(prefix="jaxmoe-test-")
+        self._processes: list[subprocess.Popen[bytes]] = []
+        paths = [str(FOLDER), str(FOLDER.parent), os.environ.get("PYTHONPATH", "")]
+        for rank in range(num_processes):
+            environment = os.environ | {
+                "JAX_PLATFORMS": "cpu",
+                "JAXMOE_TEST_ADDRESS": address,
+                "JAXMOE_TEST_PROCESSES": str(num_processes),
+                "JAXMOE_TEST_RANK": str(rank),
+                "PYTHONPATH": os.pathsep.join(p for p in paths if p),
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+            }
+            with self._log_path(rank).open("wb") as log:
+                command = [sys.executable, str(FOLDER / "workers" / f"{worker}.py"), *args]
+                self._processes.append(
+                    subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+                )
+
+    def __enter__(self) -> Launch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill(range(len(self._processes)))
+        self._folder.cleanup()
+
+    def wait(self, timeout: float, ranks: Iterable[int] | None = None) -> None:
+        """Wait until the processes have ended, or one has failed, or time is up.
+
+        Those that still run then are killed with a signal that nobody can catch
+        (`jax.distributed` catches SIGTERM), which their exit code tells.
+        """
+        awaited = [self._processes[r] for r in ranks or range(len(self._processes))]
+        until = time.monotonic() + timeout
+        while any(p.poll() is None for p in awaited) and time.monotonic() < until:
+            if any(p.poll() for p in awaited):
+                until = min(until, time.monotonic() + GRACE_SECONDS)
+            time.sleep(0.05)
+        for process in awaited:
+            _kill(process)
+
+    def kill(self, ranks: Iterable[int]) -> None:
+        for rank in ranks:
+            _kill(self._processes[rank])
+
+    def check(self, wanted: dict[int, int] | None = None) -> list[str]:
+        """Assert that every process ended with 0, or its code in `wanted`; returns their logs."""
+        codes = {rank: process.wait() for rank, process in enumerate(self._processes)}
+        expected = dict.fromkeys(codes, 0) | (wanted or {})
+        logs = [self._log_path(rank).read_text(errors="replace") for rank in codes]
+        text = "\n".join(
+            f"---- process {rank} ended with {codes[rank]}, log:\n{log}"
+            for rank, log in enumerate(logs)
+        )
+        assert codes == expected, f"exit codes {codes}, expected {expected}\n{text}"
+        left = [
+            path.name
+            for process in self._processes
+            for path in SHARED_MEMORY.glob(f"jaxmoe-{process.pid}-*")
+        ]
+        assert not left, f"left in {SHARED_MEMORY}: {left}\n{text}"
+        return logs
+
+    def _log_path(self, rank: int) -> Path:
+        return Path(self._folder.name) / f"process{rank}.log"
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def run(
+    worker: str, num_processes: int, num_devices: int, *args: str, timeout: float = 120
+) -> list[str]:
+    """Run a worker to its end on all processes and return their logs."""
+    with Launch(worker, num_processes, num_devices, *args) as launch:
+        launch.wait(timeout)
+        return launch.check()
