@@ -1,0 +1,131 @@
+"""The compiled program: our custom calls, as many as there should be, and no other exchange."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import cases
+import dense
+import exchange
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import Config
+from dense import layer_config
+from flax import nnx
+
+import jaxmoe
+from jaxmoe import _ffi
+
+CONFIG_HEADER = Path(__file__).resolve().parent.parent / "xla_ffi/common/config.h"
+# Collectives that move rows or shards. all-reduce is not one: gradients of replicated parameters
+# and the statistics need it.
+STRAY = ("all-to-all", "all-gather", "collective-permute", "reduce-scatter", "ragged-all-to-all")
+
+LAYER_CONFIGS = {
+    "data_expert": layer_config("data_expert"),
+    "explicit": layer_config("data_expert_explicit"),
+    "tuple": layer_config("tuple"),
+    "eight_devices": layer_config("eight_devices", dtype="bfloat16"),
+}
+
+
+def targets(hlo: str) -> Counter[str]:
+    return Counter(re.findall(r'custom_call_target="(jaxmoe_\w+)"', hlo))
+
+
+def collectives(hlo: str) -> set[str]:
+    """Names of the collective instructions of a program."""
+    found = re.findall(r"= [^=\n]*? ([a-z][a-z0-9-]*)\(", hlo)
+    return {op.removesuffix("-start") for op in found} & {*STRAY, "all-reduce"}
+
+
+def lowered_layers(config: Config, num_layers: int, step: bool) -> Any:
+    """Layers one after the other: forward, or a training step of gradient descent."""
+    states = [nnx.split(dense.abstract_layer(config)) for _ in range(num_layers)]
+
+    def forward(params: Any, x: Any) -> Any:
+        total = jnp.float32(0)
+        for (graphdef, state), p in zip(states, params, strict=True):
+            x, stats = nnx.merge(graphdef, dense.with_params(state, p))(x)
+            total += stats.load_balance_loss
+        return jnp.sum(x * x) + total
+
+    def train_step(params: Any, x: Any) -> Any:
+        value, grads = jax.value_and_grad(forward)(params, x)
+        return value, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+
+    mesh = cases.make_mesh(config)
+    params = []
+    for _, state in states:
+        shardings = {path[-1]: v.get_metadata("out_sharding") for path, v in state.flat_state()}
+        params.append(
+            {
+                name: jax.device_put(a, jax.NamedSharding(mesh, jax.P(*shardings[name])))
+                for name, a in dense.make_params(state).items()
+            }
+        )
+    x = exchange.place(config, cases.slices_first(config, dense.make_tokens(config)))
+    return jax.jit(train_step if step else forward).lower(params, x)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("name", LAYER_CONFIGS)
+def test_forward_has_two_calls_per_layer(name: str):
+    hlo = lowered_layers(LAYER_CONFIGS[name], 2, step=False).compile().as_text()
+    assert targets(hlo) == {"jaxmoe_dispatch": 2, "jaxmoe_combine": 2}
+    assert not collectives(hlo) & set(STRAY)
+
+
+@pytest.mark.parametrize("name", LAYER_CONFIGS)
+def test_train_step_has_four_calls_per_layer(name: str):
+    hlo = lowered_layers(LAYER_CONFIGS[name], 2, step=True).compile().as_text()
+    assert targets(hlo) == dict.fromkeys(_ffi.TARGETS, 2)
+    assert not collectives(hlo) & set(STRAY)
+    assert "all-reduce" in collectives(hlo)  # the guard can see a collective
+
+
+def test_guard_sees_the_exchanges_of_plain_xla():
+    """The same pattern finds the collectives of the transport that has them."""
+    hlo = exchange_program(cases.CONFIGS["plain"], "xla").compile().as_text()
+    assert {"all-to-all", "all-gather"} <= collectives(hlo)
+    assert not targets(hlo)
+
+
+def exchange_program(config: Config, transport: str) -> Any:
+    group = exchange.make_group(config, transport)
+
+    def body(x: Any, ids: Any, weights: Any) -> Any:
+        rows, row_weights, plan = jaxmoe.dispatch(group, x, ids, weights)
+        return jaxmoe.combine(group, rows, row_weights, plan)
+
+    lead = (config.num_slices, config.R, config.T)
+    x = np.zeros((*lead, config.D), config.dtype)
+    ids, weights = np.zeros((*lead, config.K), np.int32), np.zeros((*lead, config.K), np.float32)
+    arguments = [exchange.place(config, a) for a in (x, ids, weights)]
+    return jax.jit(exchange.on_devices(config, body)).lower(*arguments)
+
+
+def test_operations_are_nothing_but_their_calls():
+    """No copy of the tokens by XLA, no collective, beside the two calls."""
+    hlo = exchange_program(cases.CONFIGS["plain"], "cpu").compile().as_text()
+    assert targets(hlo) == {"jaxmoe_dispatch": 1, "jaxmoe_combine": 1}
+    assert not collectives(hlo)
+
+
+def test_configuration_stands_in_two_places_alike():
+    header = CONFIG_HEADER.read_text()
+    struct = re.search(r"struct CallConfig \{(.*?)\n\};", header, re.DOTALL)
+    assert struct
+    members = tuple(re.findall(r"int64_t (\w+);", struct[1]))
+    registered = tuple(re.findall(r'StructMember<int64_t>\("(\w+)"\)', header))
+    assert members == registered == _ffi.CONFIG_FIELDS
+    text = exchange_program(cases.CONFIGS["plain"], "cpu").as_text()
+    sent = re.findall(r"config = \{([^{}]*)\}", text)
+    assert sent
+    for attribute in sent:
+        assert set(re.findall(r"(\w+) = ", attribute)) == set(_ffi.CONFIG_FIELDS)
