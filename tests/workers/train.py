@@ -6,6 +6,7 @@ Arguments: the file to write.
 import sys
 from typing import Any
 
+import dense
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxmoe
+from jaxmoe.layer import param_specs
 
 RANK = processes.join()
 
@@ -36,10 +38,27 @@ group = jaxmoe.ExpertParallel(
 )
 
 
+def create() -> jaxmoe.MoE:
+    """The layer with values from NumPy: compiling the initialisers takes longer than training."""
+    model = nnx.eval_shape(
+        lambda: jaxmoe.MoE(group, 12, num_shared_experts=1, use_bias=True, rngs=nnx.Rngs(0))
+    )
+    graph, state = nnx.split(model)
+    specs = {name: spec.sharding for name, spec in param_specs(model.config).items()}
+    values = {
+        name: place(value, PartitionSpec(*specs.get(name, ())))
+        for name, value in dense.make_params(state).items()
+    }
+    return nnx.merge(graph, dense.with_params(state, values))
+
+
+def place(a: np.ndarray, spec: PartitionSpec) -> jax.Array:
+    return jax.make_array_from_callback(a.shape, NamedSharding(mesh, spec), lambda i: a[i])
+
+
 @nnx.jit
-def create() -> tuple[jaxmoe.MoE, nnx.Optimizer]:
-    model = jaxmoe.MoE(group, 12, num_shared_experts=1, use_bias=True, rngs=nnx.Rngs(0))
-    return model, nnx.Optimizer(model, optax.sgd(0.5, momentum=0.9), wrt=nnx.Param)
+def create_optimizer(model: jaxmoe.MoE) -> nnx.Optimizer:
+    return nnx.Optimizer(model, optax.sgd(0.5, momentum=0.9), wrt=nnx.Param)
 
 
 @nnx.jit
@@ -56,14 +75,14 @@ def train_step(model: jaxmoe.MoE, optimizer: nnx.Optimizer, x: jax.Array, target
 
 
 def batch(step: int) -> list[jax.Array]:
-    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     rng = np.random.default_rng(step)
     arrays = (rng.standard_normal((BATCH, SEQUENCE, DIM), np.float32) for _ in range(2))
-    return [jax.make_array_from_callback(a.shape, sharding, lambda i, a=a: a[i]) for a in arrays]
+    return [place(a, PartitionSpec(mesh.axis_names)) for a in arrays]
 
 
 with jax.set_mesh(mesh):
-    model, optimizer = create()
+    model = create()
+    optimizer = create_optimizer(model)
     steps = [train_step(model, optimizer, *batch(step)) for step in range(STEPS)]
 
 results = {
