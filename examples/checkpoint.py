@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -40,10 +41,14 @@ class Position:
 
 
 def write_config(config: RunConfig) -> None:
-    """Writes the settings to the run's folder, whole or not at all."""
+    """Writes the settings to the run's folder, whole or not at all.
+
+    Whether to resume or overwrite is no property of a run: it is left out.
+    """
     config.folder.mkdir(parents=True, exist_ok=True)
     temporary = config.folder / f"{CONFIG_FILE}.new"
-    temporary.write_text(json.dumps(to_json(config), indent=2) + "\n")
+    kept = dataclasses.replace(config, resume=False, overwrite=False)
+    temporary.write_text(json.dumps(to_json(kept), indent=2) + "\n")
     os.replace(temporary, config.folder / CONFIG_FILE)
 
 
@@ -74,23 +79,21 @@ def clear_run(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def prepare_folder(config: RunConfig) -> None:
-    """Makes the folder ready for a fresh run, or leaves it be for one that goes on.
+def check_folder(config: RunConfig) -> None:
+    """Refuses a folder that the run must not write to.
 
     Raises SettingsError when a run is there already and neither --resume nor --overwrite was given,
-    or when there is nothing to resume.
+    or when the folder holds something else; CheckpointError when there is nothing to resume.
     """
     folder = config.folder
     if config.resume:
         read_config(folder)
-        return
-    if (folder / CONFIG_FILE).exists():
+    elif (folder / CONFIG_FILE).exists():
         if not config.overwrite:
             raise SettingsError(
                 f"{folder} holds a run already. Add --resume to go on with it, --overwrite to "
                 "delete it first, or --run-dir to train elsewhere."
             )
-        clear_run(folder)
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SettingsError(
             f"{folder} is not empty and holds no run. Give --run-dir a new folder, or empty it."

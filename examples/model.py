@@ -197,8 +197,14 @@ class Transformer(nnx.Module):
         )
 
     def _logits(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
-        logits = self.embed.attend(x) if self.head is None else self.head(x)
-        return logits.astype(jnp.float32)
+        kernel = self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
+        # Flat for the same reason as in `Linear`; summed and kept in float32 for the softmax.
+        logits = jnp.dot(
+            x.reshape(-1, x.shape[-1]),
+            kernel.astype(x.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        return logits.reshape(*x.shape[:2], -1)
 
     def update_bias(self, stats: jaxmoe.MoEStats, rate: float) -> None:
         """Moves each layer's selection bias against its load in `stats`, stacked as in `Output`."""

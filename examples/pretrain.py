@@ -19,7 +19,7 @@ from pathlib import Path
 import tyro
 
 import runtime
-from checkpoint import CheckpointError, prepare_folder, read_config, write_config
+from checkpoint import CheckpointError, check_folder, read_config
 from presets import PRESETS, RunConfig, SettingsError
 
 
@@ -64,13 +64,13 @@ def main(args: Sequence[str] | None = None) -> int:
     logging.getLogger("pretrain").setLevel(logging.INFO)
     try:
         config = parse_settings(sys.argv[1:] if args is None else args)
+        if runtime.processes().index == 0:
+            check_folder(config)
         runtime.set_host_devices(config.devices)
         # JAX comes after the number of virtual devices is set.
         from trainer import DivergedError, train
 
-        prepare_folder(config)
         try:
-            write_config(config)
             summary = train(config)
         except DivergedError as error:
             print(f"pretrain: {error}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,39 +17,63 @@ if TYPE_CHECKING:
 _HOST_DEVICES_FLAG = "--xla_force_host_platform_device_count"
 
 
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run, as the environment describes them."""
+
+    coordinator: str | None
+    """host:port of process 0; None for a run of one process."""
+    count: int
+    index: int
+
+
+def processes() -> Processes:
+    """Reads JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+    Raises SettingsError when some of them are set and others are not.
+    """
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    missing = [name for name in names if not os.environ.get(name)]
+    if len(missing) == len(names):
+        return Processes(None, 1, 0)
+    if missing:
+        raise SettingsError(
+            f"several processes: {', '.join(missing)} is not set. Set all of {', '.join(names)} in "
+            "each process, or none of them to run a single one."
+        )
+    address, count, index = (os.environ[name] for name in names)
+    return Processes(address, int(count), int(index))
+
+
 def set_host_devices(count: int | None) -> None:
-    """Asks XLA for that many virtual CPU devices; call it before JAX starts its backends.
+    """Asks XLA for virtual CPU devices, `count` in all processes; call it before JAX starts.
 
     A count that stands in XLA_FLAGS already is left alone. On a machine with accelerators the flag
     does no harm: JAX does not use its CPU devices there.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if count is not None and _HOST_DEVICES_FLAG not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {_HOST_DEVICES_FLAG}={count}".strip()
+        here = -(-count // processes().count)
+        os.environ["XLA_FLAGS"] = f"{flags} {_HOST_DEVICES_FLAG}={here}".strip()
 
 
-def start_distributed() -> None:
-    """Joins the processes of a run, where the environment says that there are several.
-
-    Set JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID for each process.
-    """
+def join_processes() -> None:
+    """Connects the processes of a run, where there are several."""
     import jax
 
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    found = {name: os.environ[name] for name in names if name in os.environ}
-    if not found:
-        return
-    if len(found) < len(names):
-        missing = ", ".join(name for name in names if name not in found)
-        raise SettingsError(
-            f"several processes: {', '.join(found)} is set, but {missing} is not. Set all three of "
-            "them in each process, or none to run a single one."
-        )
-    jax.distributed.initialize(
-        coordinator_address=found[names[0]],
-        num_processes=int(found[names[1]]),
-        process_id=int(found[names[2]]),
-    )
+    run = processes()
+    if run.coordinator is not None:
+        jax.distributed.initialize(run.coordinator, run.count, run.index)
+
+
+def wait_for_processes(name: str) -> None:
+    """Returns when all processes of the run are here; `name` says what for."""
+    import jax
+
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
 
 
 def make_mesh(devices: int | None, data_parallel: int) -> Mesh:

@@ -15,7 +15,14 @@ from tqdm import tqdm
 
 import plots
 import runtime
-from checkpoint import METRICS_FILE, CheckpointError, Checkpoints, Position
+from checkpoint import (
+    METRICS_FILE,
+    CheckpointError,
+    Checkpoints,
+    Position,
+    clear_run,
+    write_config,
+)
 from data import Corpus, EvalBatch, eval_batches, load_corpus, train_batches
 from metrics import MetricsLog, read_metrics
 from model import make_group
@@ -46,7 +53,7 @@ def train(config: RunConfig) -> Summary:
 
     Raises SettingsError, CheckpointError, or DivergedError at a loss that is not finite.
     """
-    runtime.start_distributed()
+    runtime.join_processes()
     tokenizer = load_tokenizer(config.tokenizer)
     corpus = load_corpus(config.data, tokenizer, config.val_fraction)
     mesh = runtime.make_mesh(config.devices, config.data_parallel)
@@ -80,9 +87,15 @@ class Trainer:
         self.schedule = make_schedule(cfg)
         self.batches = train_batches(corpus.train, config.model.context, cfg.batch_size, cfg.seed)
         self.some_windows = self._eval_batches(cfg.eval_windows)
+        self.is_main = jax.process_index() == 0
+        # Not before all settings are known to work: what they replace is lost from here on.
+        if self.is_main and config.overwrite:
+            clear_run(config.folder)
+        runtime.wait_for_processes("an empty folder")
         self.checkpoints = Checkpoints(config.folder, keep=cfg.keep_checkpoints)
         self.step, self.state = self._restore() if config.resume else (0, learner.init())
-        self.is_main = jax.process_index() == 0
+        if self.is_main:
+            write_config(config)
         self.metrics = MetricsLog(config.folder / METRICS_FILE, self.step) if self.is_main else None
         self._unread: tuple[int, StepMetrics] | None = None
         self._clock = time.perf_counter()

@@ -87,31 +87,20 @@ class Learner:
         self._new_model = lambda: Transformer(
             config.model, vocab_size, group, rngs=nnx.Rngs(config.train.seed)
         )
-        with jax.set_mesh(mesh):
-            self.graphdef = nnx.graphdef(nnx.eval_shape(self._new_model))
-            self.abstract_state = with_shardings(jax.eval_shape(self._init), mesh)
-        self.mesh = mesh
-        batch = token_sharding(mesh)
+        self.graphdef = nnx.graphdef(nnx.eval_shape(self._new_model))
+        self.abstract_state = with_shardings(jax.eval_shape(self._init), mesh)
+        batch, everywhere = token_sharding(mesh), NamedSharding(mesh, PartitionSpec())
         self.batch_sharding = NamedSharding(mesh, PartitionSpec(None, *batch.spec))
         self.eval_sharding = batch
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-        self.init: Callable[[], TrainState] = self._jit(self._init, out_shardings=shardings)
+        self.init: Callable[[], TrainState] = jax.jit(self._init, out_shardings=shardings)
         """A fresh state from the seed."""
-        self.train_step: Callable[..., tuple[TrainState, StepMetrics]] = self._jit(
-            self._train_step, out_shardings=(shardings, None), donate_argnums=0
+        self.train_step: Callable[..., tuple[TrainState, StepMetrics]] = jax.jit(
+            self._train_step, out_shardings=(shardings, everywhere), donate_argnums=0
         )
         """(state, tokens int32 [A, B / A, context + 1]) -> (next state, metrics), state donated."""
-        self.eval_step: Callable[..., Array] = self._jit(self._eval_step)
+        self.eval_step: Callable[..., Array] = jax.jit(self._eval_step, out_shardings=everywhere)
         """(state, tokens int32 [B, context + 1], weights [B]) -> the sum of nats of the rows."""
-
-    def _jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        compiled = jax.jit(function, **options)
-
-        def call(*args: Any) -> Any:
-            with jax.set_mesh(self.mesh):
-                return compiled(*args)
-
-        return call
 
     def _init(self) -> TrainState:
         _, params, router = split_model(self._new_model())

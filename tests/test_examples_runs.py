@@ -70,14 +70,6 @@ def test_a_run_leaves_metrics_pictures_and_checkpoints(folder: Path) -> None:
     assert Checkpoints(full).steps() == [8, 12]
 
 
-def _kill_after_step(process: Any, folder: Path, step: int, number: signal.Signals) -> None:
-    while len([r for r in records(folder) if "loss" in r]) < step:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.001)
-    process.send_signal(number)
-    process.communicate(timeout=60)
-
-
 def _wait_for_checkpoint(process: Any, folder: Path, step: int) -> None:
     while not (folder / "checkpoints" / str(step)).exists():
         assert process.poll() is None, process.communicate()[0]
@@ -85,9 +77,9 @@ def _wait_for_checkpoint(process: Any, folder: Path, step: int) -> None:
 
 
 def test_killed_run_resumes_bit_for_bit(folder: Path) -> None:
-    # Longer than the whole run in settings, so that it cannot end before it is killed.
     killed = folder / "killed"
-    process = start("pretrain.py", *_options(folder, "killed"), cache=folder / "cache")
+    options = _options(folder, "killed", "--overwrite")
+    process = start("pretrain.py", *options, cache=folder / "cache")
     _wait_for_checkpoint(process, killed, 4)
     process.kill()
     process.communicate()
@@ -154,9 +146,11 @@ def test_a_run_is_not_overwritten_by_accident(folder: Path) -> None:
         (["--resume", "--data", "examples/presets.py"], "was trained on other text"),
         (["--preset", "huge"], "preset: no 'huge'. Choose among demo, tiny,"),
         (["--overwrite", "--devices", 6, "--data-parallel", 1], "divisible by the 6 devices"),
+        (["--overwrite", "--train.batch-size", 4], "must be divisible by the 8 devices"),
+        (["--overwrite", "--data", "no-such-folder"], "no-such-folder does not exist"),
     ],
 )
-def test_settings_that_cannot_work_are_errors(
+def test_settings_that_cannot_work_change_nothing(
     folder: Path, more: list[object], message: str
 ) -> None:
     copy = folder / "copy"
@@ -173,6 +167,9 @@ def test_settings_that_cannot_work_are_errors(
     )
     assert message in output
     assert "Traceback" not in output
+    assert _losses(copy) == _losses(folder / "full")
+    assert (copy / "config.json").read_text() == (folder / "full" / "config.json").read_text()
+    assert Checkpoints(copy).steps() == [8, 12]
 
 
 def test_loss_that_is_not_a_number_stops_the_run(folder: Path) -> None:
