@@ -116,7 +116,11 @@ void CombineGradRows(const CallShape& shape, const Buffers& own, const std::vect
   char* d_rows = Out<char>(own, 0);
   float* d_row_weights = Out<float>(own, 1);
   const int64_t num_sources = shape.num_devices * shape.num_choices();
-  for (int64_t r = begin; r < end; ++r) {
+  int64_t used = end;
+  while (used > begin && InRange(row_source[used - 1], num_sources) < 0) --used;
+  FillZero(d_rows + used * bytes, (end - used) * bytes);
+  std::fill(d_row_weights + used, d_row_weights + end, 0.0f);
+  for (int64_t r = begin; r < used; ++r) {
     if (InRange(row_source[r], num_sources) < 0) {
       std::memset(d_rows + r * bytes, 0, bytes);
       d_row_weights[r] = 0.0f;
