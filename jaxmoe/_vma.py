@@ -27,9 +27,9 @@ def vary_alike(tree: Tree, axes: Iterable[str] = ()) -> Tree:
     return jax.tree.unflatten(treedef, [_vary(a, wanted) for a in leaves])
 
 
-def zeros_alike(a: jax.Array, dtype: Any = None) -> jax.Array:
-    """Zeros of the shape of `a` that vary over the same axes."""
-    return _vary(jnp.zeros(a.shape, dtype or a.dtype), varying_axes(a))
+def zeros_alike(a: jax.Array, dtype: Any = None, shape: tuple[int, ...] | None = None) -> jax.Array:
+    """Zeros that vary over the same axes as `a`, by default of its dtype and shape."""
+    return _vary(jnp.zeros(a.shape if shape is None else shape, dtype or a.dtype), varying_axes(a))
 
 
 def _vary(a: Any, axes: frozenset[str]) -> jax.Array:

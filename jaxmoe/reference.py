@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
+from jaxmoe._vma import zeros_alike
 from jaxmoe.plan import Plan
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ def dispatch(
 ) -> tuple[Float[Array, "C D"], Float32[Array, " C"], Plan]:
     """All-gather tokens and choices, then keep what is addressed to this device."""
     del site
+    if x.shape[0] == 0:
+        return _dispatch_nothing(group, x)
     num_choices = group.top_k
     all_ids, all_weights, all_x = (_all_gather(group, a) for a in (expert_ids, weights, x))
     valid = (expert_ids >= 0) & (expert_ids < group.num_experts)
@@ -60,6 +63,29 @@ def dispatch(
     rows = all_x.reshape(-1, x.shape[1])[choice // I32(num_choices)]
     rows = jnp.where(used[:, None], rows, jnp.zeros((), x.dtype))
     return rows, jnp.where(used, all_weights.reshape(-1)[choice], F32(0)), plan
+
+
+def _dispatch_nothing(
+    group: ExpertParallel, x: Float[Array, "0 D"]
+) -> tuple[Float[Array, "0 D"], Float32[Array, " 0"], Plan]:
+    """`dispatch` without tokens: no device has rows, and nothing travels.
+
+    Not left to the general case, because XLA's compilers fail on collectives of empty arrays.
+    """
+
+    def ints(*shape: int) -> jax.Array:
+        return zeros_alike(x, I32, shape)
+
+    plan = Plan(
+        group_sizes=ints(group.num_local_experts),
+        num_rows=ints(),
+        num_dropped=ints(),
+        num_invalid=ints(),
+        row_map=ints(group.num_devices, 0, group.top_k),
+        row_source=ints(0),
+        choice_device=ints(0, group.top_k),
+    )
+    return zeros_alike(x), zeros_alike(x, F32, (0,)), plan
 
 
 def make_plan(
@@ -105,6 +131,8 @@ def combine(
 ) -> Float[Array, "T D"]:
     """Weighted partial sums here, one all-to-all, then the sum over devices."""
     del site
+    if plan.row_map.shape[1] == 0:
+        return zeros_alike(expert_rows)
     return _sum_to_owners(group, expert_rows, row_weights, plan)
 
 
@@ -117,6 +145,9 @@ def dispatch_grad(
 ) -> tuple[Float[Array, "T D"], Float32[Array, "T K"]]:
     """The transpose of `dispatch`: an unweighted combine, and each choice's weight gradient."""
     del site
+    if plan.row_map.shape[1] == 0:
+        no_weights = zeros_alike(d_row_weights, shape=(0, group.top_k))
+        return zeros_alike(d_rows), no_weights
     d_x = _sum_to_owners(group, d_rows, jnp.ones_like(d_row_weights), plan)
     there = plan.row_map >= 0
     sent = jnp.where(there, d_row_weights[jnp.maximum(plan.row_map, 0)], F32(0))
@@ -136,6 +167,8 @@ def combine_grad(
 ) -> tuple[Float[Array, "C D"], Float32[Array, " C"]]:
     """The transpose of `combine`: a row gets weight times token gradient, a weight their dot."""
     del site
+    if d_y.shape[0] == 0:
+        return zeros_alike(expert_rows), zeros_alike(row_weights)
     used = plan.row_source >= 0
     token = jnp.maximum(plan.row_source, 0) // I32(group.top_k)
     d_token = _all_gather(group, d_y).reshape(-1, d_y.shape[1])[token].astype(F32)
