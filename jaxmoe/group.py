@@ -34,6 +34,7 @@ class GroupSpec:
     capacity_factor: float | None
     dtype: str
     timeout: float
+    num_sms: int | None = None
 
 
 class ExpertParallel:
@@ -58,10 +59,10 @@ class ExpertParallel:
         routing needs. See `dispatch` for which choices are dropped when that is too little.
       dtype: of tokens and rows: bfloat16, float16 or float32.
       wire_dtype: must be None; tokens travel in `dtype`.
-      transport: "cpu" (this library's custom calls on the host platform), "xla" (plain `jax.lax`
-        collectives, any backend; also the reference) or "auto". `group.transport` says what was
-        picked.
-      num_sms: must be None on the transports above, which use no GPU kernels of this library.
+      transport: "cpu" (this library's custom calls on the host platform), "p2p" (its kernels on
+        the GPUs of one process), "xla" (plain `jax.lax` collectives, any backend; also the
+        reference) or "auto". `group.transport` says what was picked.
+      num_sms: most multiprocessors that a GPU kernel occupies; None for all. Only for "p2p".
       timeout: seconds that a device waits for its peers before the call fails with an error that
         names them.
 
@@ -103,8 +104,14 @@ class ExpertParallel:
             capacity_factor=None if capacity_factor is None else float(capacity_factor),
             dtype=_check_dtype(dtype),
             timeout=float(timeout),
+            num_sms=num_sms,
         )
-        self.transport = _transport.pick(transport, mesh)
+        self.transport = _transport.pick(transport, mesh, self.spec)
+        if num_sms is not None and self.transport in ("cpu", "xla"):
+            raise ValueError(
+                f"ExpertParallel: num_sms ({num_sms!r}) bounds GPU kernels, and transport "
+                f"{self.transport!r} has none. Leave it None."
+            )
         self._handle = _transport.open_group(self.transport, mesh, self.spec)
         self._finalizer = weakref.finalize(self, self._handle.close)
         self.layer_numbers = itertools.count()  # names for the layers that share the group
@@ -222,12 +229,8 @@ def _check_options(
         raise ValueError(
             f"ExpertParallel: wire_dtype must be None on this version, got {wire_dtype!r}."
         )
-    if num_sms is not None:
-        raise ValueError(
-            f"ExpertParallel: num_sms ({num_sms!r}) bounds GPU kernels, and the transports 'cpu' "
-            f"and 'xla' have none. "
-            "Leave it None."
-        )
+    if num_sms is not None and num_sms < 1:
+        raise ValueError(f"ExpertParallel: num_sms must be at least 1 or None, got {num_sms!r}.")
     if not (math.isfinite(timeout) and timeout > 0):
         raise ValueError(
             f"ExpertParallel: timeout must be a positive number of seconds, got {timeout!r}."

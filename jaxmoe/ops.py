@@ -16,7 +16,7 @@ from jaxmoe._vma import vary_alike
 from jaxmoe.group import ExpertParallel
 from jaxmoe.plan import Plan
 
-_BACKENDS: dict[str, ModuleType] = {"xla": reference, "cpu": _ffi}
+_BACKENDS: dict[str, ModuleType] = {"xla": reference, "cpu": _ffi, "p2p": _ffi}
 
 
 def dispatch(

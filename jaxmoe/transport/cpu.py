@@ -7,22 +7,18 @@ readiness travel through the key-value store.
 
 from __future__ import annotations
 
-import collections
 import functools
 import importlib
-import json
 import os
 import secrets
-import zlib
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
+
+from jaxmoe.transport import common
 
 if TYPE_CHECKING:
     from jaxmoe.group import GroupSpec
-
-_opened: collections.Counter[str] = collections.Counter()
 
 
 @functools.cache
@@ -53,9 +49,9 @@ class CpuGroup:
         self._lib, reason = _load()
         if reason:
             raise RuntimeError(f"ExpertParallel: transport 'cpu' cannot run here: {reason}")
-        processes = _processes(mesh, spec)  # [slice, device of the axis]
-        self.uid = _new_uid(mesh, spec)
-        here = jax.process_index() if mesh is not None else 0
+        processes = common.per_device(mesh, spec, lambda d: d.process_index)
+        self.uid = common.new_uid(mesh, spec)
+        here = jax.process_index()
         self._lib.open_group(self.uid, spec.timeout, processes.tolist(), here)
         try:
             # A process may also make groups that it has no device in.
@@ -67,31 +63,6 @@ class CpuGroup:
 
     def close(self) -> None:
         self._lib.close_group(self.uid)
-
-
-def _processes(mesh: jax.sharding.Mesh | None, spec: GroupSpec) -> np.ndarray:
-    """The process of every device, as [slice, device of the expert axis]."""
-    if mesh is None:
-        return np.zeros((1, 1), np.int64)
-    names = list(mesh.axis_names)
-    order = [names.index(a) for a in (*spec.other_axes, *spec.axis)]
-    index = np.vectorize(lambda d: d.process_index, otypes=[np.int64])(mesh.devices)
-    return index.transpose(order).reshape(-1, spec.num_devices)
-
-
-def _new_uid(mesh: jax.sharding.Mesh | None, spec: GroupSpec) -> int:
-    """A number that stands for the group in compiled programs, equal in all of its processes.
-
-    Made from the group's content and how many equal groups came before it, so that programs lower
-    to the same text from one run to the next and processes may also make groups that the others do
-    not have.
-    """
-    devices = [] if mesh is None else [d.id for d in mesh.devices.flat]
-    content = json.dumps([repr(spec), devices])
-    count = _opened[content]
-    _opened[content] += 1
-    low, high = (zlib.crc32(f"{side}{count}{content}".encode()) for side in "lh")
-    return (high & 0x7FFFFFFF) << 32 | low
 
 
 def _join(lib: Any, uid: int, spec: GroupSpec, members: list[int], here: int) -> None:

@@ -1,0 +1,158 @@
+"""`transport="p2p"` gives the bits of `transport="xla"` on the GPUs of this machine.
+
+Runs the case table of the CPU tests on two GPUs. Without them the tests are skipped; with
+`JAXMOE_REQUIRE_GPUS=2` in the environment that is a failure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import cases
+import exchange
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import spec
+from cases import CASES, Case, Config
+from jax.sharding import NamedSharding, PartitionSpec
+from test_transports import SUMS, assert_same_bits, floats
+
+import jaxmoe
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
+
+
+@pytest.fixture(autouse=True)
+def gpus():
+    """Skip, or fail where GPUs are required."""
+    count = sum(d.platform == "gpu" for d in jax.devices())
+    wanted = int(os.environ.get("JAXMOE_REQUIRE_GPUS", "0"))
+    if count < wanted:
+        pytest.fail(f"JAXMOE_REQUIRE_GPUS={wanted}, but JAX sees {count} GPUs")
+    if count < 2:
+        pytest.skip(f"needs 2 GPUs, JAX sees {count}")
+
+
+def on_two_gpus(config: Config) -> Config:
+    """The configuration with two devices, and a width that 16-byte vectors divide."""
+    devices = 1 if config.mesh is None else 2
+    experts = -(-config.E // devices) * devices
+    dim = -(-config.D // 8) * 8
+    mesh = None if devices == 1 else "expert"
+    return dataclasses.replace(config, R=devices, E=experts, D=dim, mesh=mesh)
+
+
+def inputs_of(case: Case, config: Config, draw) -> exchange.Arrays:
+    rng = cases.make_rng(case)
+    return exchange.make_inputs(config, cases.ROUTINGS[case.routing](rng, config), rng, draw)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_integers_give_the_same_bits(case: Case):
+    config = on_two_gpus(case.config)
+    inputs = inputs_of(case, config, cases.integers)
+    got, want = (exchange.run(config, t, inputs) for t in ("p2p", "xla"))
+    for name in want:
+        np.testing.assert_array_equal(got[name], want[name], err_msg=name)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_floats_give_the_same_bits(case: Case):
+    config = on_two_gpus(case.config)
+    inputs = inputs_of(case, config, floats)
+    got, want = (exchange.run(config, t, inputs) for t in ("p2p", "xla"))
+    for name in set(want) - set(SUMS) - {"d_x"}:
+        assert_same_bits(got[name], want[name], name)
+    weights = exchange.specify(config, inputs)["row_weights"]
+    y = spec.rounded_combine(config, inputs["ids"][0], inputs["expert_rows"][0], weights[0])
+    np.testing.assert_array_equal(got["y"][0], y)  # in the documented order
+
+
+@pytest.mark.parametrize("num_sms", [2, 24])
+def test_fewer_multiprocessors_give_the_same_bits(num_sms: int):
+    mesh = jax.make_mesh((2,), ("expert",))
+    sizes = {"num_experts": 64, "top_k": 8, "dim": 1032, "max_tokens": 999}
+    results = []
+    for sms in (None, num_sms):
+        group = jaxmoe.ExpertParallel(mesh, **sizes, transport="p2p", num_sms=sms, timeout=20)
+        results.append(jax.tree.map(np.asarray, _pair(group)(*_tokens(group, 999))))
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        assert_same_bits(a, b, "result")
+
+
+def test_many_calls_give_the_same_bits():
+    """Different sizes in turn, in a scan, on one group: nothing of one call reaches another."""
+    mesh = jax.make_mesh((2,), ("expert",))
+    group = jaxmoe.ExpertParallel(
+        mesh, num_experts=32, top_k=4, dim=256, max_tokens=512, transport="p2p", timeout=20
+    )
+    pair, first = _pair(group), {}
+    for step in range(300):
+        num_tokens = (512, 8, 77)[step % 3]
+        result = jax.tree.map(np.asarray, pair(*_tokens(group, num_tokens)))
+        for a, b in zip(
+            jax.tree.leaves(first.setdefault(num_tokens, result)),
+            jax.tree.leaves(result),
+            strict=True,
+        ):
+            assert_same_bits(b, a, f"step {step}")
+
+
+def test_scan_of_layers():
+    mesh = jax.make_mesh((2,), ("expert",))
+    outputs = []
+    for transport in ("p2p", "xla"):
+        group = jaxmoe.ExpertParallel(
+            mesh,
+            num_experts=8,
+            top_k=2,
+            dim=64,
+            max_tokens=64,
+            dtype=jnp.float32,
+            transport=transport,
+        )
+        x, ids, weights = _tokens(group, 64)
+
+        def layers(x, ids, weights, group=group):
+            def layer(x, _):
+                rows, row_weights, plan = jaxmoe.dispatch(group, x, ids, weights)
+                y = jaxmoe.combine(group, jnp.tanh(rows), row_weights, plan)
+                return y, jnp.sum(y)
+
+            return jax.lax.scan(jax.checkpoint(layer), x, None, length=20)[0]
+
+        spec_ = PartitionSpec("expert")
+        mapped = jax.shard_map(layers, mesh=mesh, in_specs=spec_, out_specs=spec_)
+        grad = jax.jit(jax.grad(lambda *a, f=mapped: jnp.sum(f(*a) ** 2), argnums=(0, 2)))
+        outputs.append(jax.tree.map(np.asarray, grad(x, ids, weights)))
+    for a, b in zip(*map(jax.tree.leaves, outputs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_auto_picks_the_kernels():
+    mesh = jax.make_mesh((2,), ("expert",))
+    group = jaxmoe.ExpertParallel(mesh, num_experts=4, top_k=1, dim=64, max_tokens=8)
+    assert group.transport == "p2p"
+
+
+def _pair(group: jaxmoe.ExpertParallel):
+    def pair(x, ids, weights):
+        rows, row_weights, plan = jaxmoe.dispatch(group, x, ids, weights)
+        y = jaxmoe.combine(group, rows, row_weights, plan)
+        return y, rows, row_weights, jax.tree.map(lambda a: a[None], plan)
+
+    spec_ = PartitionSpec("expert")
+    return jax.jit(jax.shard_map(pair, mesh=group.mesh, in_specs=spec_, out_specs=spec_))
+
+
+def _tokens(group: jaxmoe.ExpertParallel, num_tokens: int):
+    rng = np.random.default_rng(num_tokens)
+    num = group.num_devices * num_tokens
+    x = rng.standard_normal((num, group.dim), np.float32).astype(group.dtype)
+    ids = np.argsort(rng.random((num, group.num_experts)), axis=1)[:, : group.top_k]
+    weights = rng.random((num, group.top_k)).astype(np.float32)
+    sharding = NamedSharding(group.mesh, PartitionSpec("expert"))
+    return [jax.device_put(a, sharding) for a in (x, ids.astype(np.int32), weights)]

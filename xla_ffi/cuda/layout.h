@@ -1,0 +1,127 @@
+// The symmetric heap of a group: one region list that the allocator and the kernels share.
+//
+// Every device of a group has a heap of the same layout. "[s]" below is indexed by the device that
+// writes, so that no two devices ever write the same word. Data regions exist twice; a call uses
+// the half that its epoch's parity picks (see protocol.cuh for why that suffices).
+
+#ifndef JAXMOE_XLA_FFI_CUDA_LAYOUT_H_
+#define JAXMOE_XLA_FFI_CUDA_LAYOUT_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define JAXMOE_HOST_DEVICE __host__ __device__
+#else
+#define JAXMOE_HOST_DEVICE
+#endif
+
+namespace jaxmoe::cuda {
+
+// Tokens whose arrival one flag announces: one warp each.
+constexpr int kChunkTokens = 8;
+// Parts in which a device's choices are sent, each with a flag, so that several blocks can send.
+constexpr int kMetaParts = 16;
+// Most devices of an expert axis.
+constexpr int kMaxDevices = 72;
+// Most blocks of a kernel; sizes the scratch for their counts.
+constexpr int kMaxBlocks = 160;
+// Most experts of a device: their counts must fit the shared memory of the plan.
+constexpr int kMaxLocalExperts = 2048;
+
+struct GroupSizes {
+  int num_devices;        // R
+  int num_local_experts;  // L
+  int max_tokens;         // most T of a call
+  int top_k;              // K
+  int row_bytes;          // of a token; a multiple of 16
+};
+
+struct Layout {
+  // Offsets in bytes.
+  size_t control;       // Control
+  size_t headers;       // [2][R] u64: what call device s is in
+  size_t meta_flags;    // [R][kMetaParts] u64
+  size_t chunk_flags;   // [2][R][chunks] u64
+  size_t block_counts;  // [kMaxBlocks][L] int32, local scratch
+  size_t ids;           // [2][R][max_tokens * K] int32
+  size_t weights;       // [2][R][max_tokens * K] float32
+  size_t rows;          // [2][R][max_tokens] rows
+  size_t bytes;         // of the whole heap
+
+  int num_devices, chunks, choices, row_bytes, max_tokens;
+
+  JAXMOE_HOST_DEVICE static size_t Align(size_t n) { return (n + 255) / 256 * 256; }
+
+  JAXMOE_HOST_DEVICE explicit Layout(const GroupSizes& g)
+      : num_devices(g.num_devices),
+        chunks((g.max_tokens + kChunkTokens - 1) / kChunkTokens),
+        choices(g.max_tokens * g.top_k),
+        row_bytes(g.row_bytes),
+        max_tokens(g.max_tokens) {
+    const size_t r = g.num_devices;
+    size_t end = 0;
+    auto region = [&end](size_t n) {
+      const size_t at = end;
+      end = Align(end + n);
+      return at;
+    };
+    control = region(4096);
+    headers = region(2 * r * 8);
+    meta_flags = region(r * kMetaParts * 8);
+    chunk_flags = region(2 * r * chunks * 8);
+    block_counts = region(size_t{kMaxBlocks} * g.num_local_experts * 4);
+    ids = region(2 * r * choices * 4);
+    weights = region(2 * r * choices * 4);
+    rows = region(2 * r * size_t(max_tokens) * row_bytes);
+    bytes = end;
+  }
+
+  // Byte offsets of what device s writes in the half `parity`.
+  JAXMOE_HOST_DEVICE size_t Header(int parity, int s) const {
+    return headers + (size_t(parity) * num_devices + s) * 8;
+  }
+  JAXMOE_HOST_DEVICE size_t ChunkFlag(int parity, int s, int chunk) const {
+    return chunk_flags + ((size_t(parity) * num_devices + s) * chunks + chunk) * 8;
+  }
+  JAXMOE_HOST_DEVICE size_t MetaFlag(int s, int part) const {
+    return meta_flags + (size_t(s) * kMetaParts + part) * 8;
+  }
+  JAXMOE_HOST_DEVICE size_t Ids(int parity, int s) const {
+    return ids + (size_t(parity) * num_devices + s) * choices * 4;
+  }
+  JAXMOE_HOST_DEVICE size_t Weights(int parity, int s) const {
+    return weights + (size_t(parity) * num_devices + s) * choices * 4;
+  }
+  JAXMOE_HOST_DEVICE size_t Row(int parity, int s, int token) const {
+    return rows + ((size_t(parity) * num_devices + s) * max_tokens + token) * row_bytes;
+  }
+};
+
+// What went wrong, written once. Host memory that the device can write.
+struct ErrorRecord {
+  int32_t set;  // 1 once the other words are there
+  int32_t operation;
+  int32_t rank;
+  int32_t peer;
+  int32_t phase;  // a Phase
+  uint64_t epoch;
+  uint64_t expected;
+  uint64_t seen;
+};
+
+enum Operation : int32_t { kDispatch, kCombine, kDispatchGrad, kCombineGrad };
+enum Phase : int32_t { kPhaseHeader = 0, kPhaseMeta = 1, kPhaseRows = 2, kPhaseGrid = 3 };
+
+// First region of the heap; only its own device touches it.
+struct Control {
+  uint64_t epoch;            // calls finished
+  uint32_t failed;           // a wait ran out: all further waits end at once
+  uint32_t blocks_finished;  // of the call in progress; the last block resets it
+  uint32_t barrier_arrived;  // of the grid barrier; the last one resets it
+  uint32_t barrier_phase;    // number of grid barriers passed, ever
+};
+
+}  // namespace jaxmoe::cuda
+
+#endif  // JAXMOE_XLA_FFI_CUDA_LAYOUT_H_
