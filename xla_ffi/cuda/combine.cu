@@ -11,12 +11,15 @@
 namespace jaxmoe::cuda {
 namespace {
 
-constexpr int kTeamThreads = kChunkTokens * 32;  // a team handles a chunk, one warp a token
-constexpr int kTeams = 2;                        // of a block
+constexpr int kTeamWarps = 8;  // a team handles a chunk
+constexpr int kWarpsPerToken = kTeamWarps / kSumChunkTokens;
+constexpr int kTeamThreads = kTeamWarps * 32;
+constexpr int kTeams = 2;  // of a block
 constexpr int kThreads = kTeams * kTeamThreads;
 constexpr int kSenderPercent = 45;  // of the blocks: both roles read as much, finishers write more
 constexpr int kRowsAtOnce = 2;
 constexpr int kVectors = 4;  // of a row that a lane loads at once
+constexpr int kStep = 32 * kVectors;
 
 // sum[v] += the token's rows on this device, over vectors base, base + 32 of the row.
 template <typename T>
@@ -70,18 +73,18 @@ struct TokenRows {
 
 template <typename T>
 __device__ bool SendPartialSum(const Call& call, const Sizes& sizes, const CombineArgs& args,
-                               int peer, int token) {
+                               int peer, int token, int part) {
   const int lane = threadIdx.x % 32;
   const int me = call.peers.rank;
   const TokenRows rows(sizes, args, peer, token);
-  if (args.row_values != nullptr && lane < sizes.top_k) {
+  if (args.row_values != nullptr && part == 0 && lane < sizes.top_k) {
     auto* values = reinterpret_cast<float*>(call.heap(peer) + call.layout.Weights(call.parity, me));
     values[token * sizes.top_k + lane] = rows.row >= 0 ? args.row_values[rows.row] : 0.0f;
   }
   if (rows.mask == 0) return false;
   uint4* to = AsVectors(call.heap(peer) + call.layout.Row(call.parity, me, token));
   const int n = sizes.row_bytes / 16;
-  for (int base = lane; base - lane < n; base += 32 * kVectors) {
+  for (int base = lane + part * kStep; base - lane < n; base += kWarpsPerToken * kStep) {
     float sum[kVectors][Vector<T>::kSize] = {};
     AddRows<T>(sizes, args, rows.row, rows.weight, rows.mask, base, sum);
 #pragma unroll
@@ -95,24 +98,27 @@ __device__ bool SendPartialSum(const Call& call, const Sizes& sizes, const Combi
 template <typename T>
 __device__ void Send(const Call& call, const Sizes& sizes, const CombineArgs& args, int num_senders,
                      int team, uint32_t* present) {
-  const int warp = threadIdx.x / 32 % kChunkTokens, lane = threadIdx.x % 32;
-  const int chunks = (sizes.num_tokens + kChunkTokens - 1) / kChunkTokens;
+  const int warp = threadIdx.x / 32 % kTeamWarps, lane = threadIdx.x % 32;
+  const int part = warp % kWarpsPerToken;
+  const int chunks = (sizes.num_tokens + kSumChunkTokens - 1) / kSumChunkTokens;
   for (int work = blockIdx.x + num_senders * team; work < chunks * (sizes.num_devices - 1);
        work += num_senders * kTeams) {
     const int peer = (call.peers.rank + 1 + work % (sizes.num_devices - 1)) % sizes.num_devices;
     const int chunk = work / (sizes.num_devices - 1);
-    const int token = chunk * kChunkTokens + warp;
-    const bool sent = token < sizes.num_tokens && SendPartialSum<T>(call, sizes, args, peer, token);
-    if (lane == 0) present[warp] = sent;
+    const int token = chunk * kSumChunkTokens + warp / kWarpsPerToken;
+    const bool sent =
+        token < sizes.num_tokens && SendPartialSum<T>(call, sizes, args, peer, token, part);
+    if (lane == 0 && part == 0) present[warp / kWarpsPerToken] = sent;
     BlockBarrier(team + 1, kTeamThreads);
     if (warp == 0) {
-      const unsigned mask = __ballot_sync(~0u, lane < kChunkTokens && present[lane % kChunkTokens]);
+      const unsigned mask =
+          __ballot_sync(~0u, lane < kSumChunkTokens && present[lane % kSumChunkTokens]);
       if (lane == 0) {
         FenceSystem();
         StoreRelaxed(
             reinterpret_cast<uint64_t*>(call.heap(peer) +
                                         call.layout.ChunkFlag(call.parity, call.peers.rank, chunk)),
-            call.epoch << kChunkTokens | mask);
+            call.epoch << kEpochShift | mask);
       }
     }
     BlockBarrier(team + 1, kTeamThreads);
@@ -121,13 +127,13 @@ __device__ void Send(const Call& call, const Sizes& sizes, const CombineArgs& ar
 
 template <typename T>
 __device__ void FinishToken(const Call& call, const Sizes& sizes, const CombineArgs& args,
-                            int token, const uint64_t* present) {
+                            int token, int part, const uint64_t* present) {
   const int lane = threadIdx.x % 32;
   const int me = call.peers.rank;
   const TokenRows rows(sizes, args, me, token);
   uint4* to = AsVectors(args.tokens + size_t(token) * sizes.row_bytes);
   const int n = sizes.row_bytes / 16;
-  for (int base = lane; base - lane < n; base += 32 * kVectors) {
+  for (int base = lane + part * kStep; base - lane < n; base += kWarpsPerToken * kStep) {
     float total[kVectors][Vector<T>::kSize] = {};
     for (int device = 0; device < sizes.num_devices; ++device) {
       if (device == me) {
@@ -139,7 +145,7 @@ __device__ void FinishToken(const Call& call, const Sizes& sizes, const CombineA
           for (int i = 0; i < Vector<T>::kSize; ++i)
             total[j][i] = __fadd_rn(total[j][i], sum[j][i]);
         }
-      } else if (present[device] >> (token % kChunkTokens) & 1) {
+      } else if (present[device] >> (token % kSumChunkTokens) & 1) {
         const uint4* in = AsVectors(call.own() + call.layout.Row(call.parity, device, token));
 #pragma unroll
         for (int j = 0; j < kVectors; ++j) {
@@ -176,8 +182,9 @@ __device__ void CollectValues(const Call& call, const Sizes& sizes, const Combin
 template <typename T>
 __device__ void Finish(const Call& call, const Sizes& sizes, const CombineArgs& args, int block,
                        int num_blocks, int team, uint64_t* present) {
-  const int warp = threadIdx.x / 32 % kChunkTokens, lane = threadIdx.x % 32;
-  const int chunks = (sizes.num_tokens + kChunkTokens - 1) / kChunkTokens;
+  const int warp = threadIdx.x / 32 % kTeamWarps, lane = threadIdx.x % 32;
+  const int part = warp % kWarpsPerToken;
+  const int chunks = (sizes.num_tokens + kSumChunkTokens - 1) / kSumChunkTokens;
   const Crew crew{team + 1, kTeamThreads, int(threadIdx.x) % kTeamThreads, block, num_blocks};
   for (int chunk = block + num_blocks * team; chunk < chunks; chunk += num_blocks * kTeams) {
     bool ok = true;
@@ -187,14 +194,14 @@ __device__ void Finish(const Call& call, const Sizes& sizes, const CombineArgs& 
         present[device] =
             call.Wait(reinterpret_cast<const uint64_t*>(
                           call.own() + call.layout.ChunkFlag(call.parity, device, chunk)),
-                      kChunkTokens, call.epoch, device, kPhaseRows, &ok);
+                      kEpochShift, call.epoch, device, kPhaseRows, &ok);
       }
     }
     if (!crew.All(ok)) return;
-    const int token = chunk * kChunkTokens + warp;
+    const int token = chunk * kSumChunkTokens + warp / kWarpsPerToken;
     if (token < sizes.num_tokens) {
-      FinishToken<T>(call, sizes, args, token, present);
-      if (args.row_values != nullptr) CollectValues(call, sizes, args, token);
+      FinishToken<T>(call, sizes, args, token, part, present);
+      if (args.row_values != nullptr && part == 0) CollectValues(call, sizes, args, token);
     }
     crew.Sync();
   }
@@ -207,7 +214,7 @@ __global__ __launch_bounds__(kThreads,
                                                    const __grid_constant__ Sizes sizes,
                                                    const __grid_constant__ CombineArgs args,
                                                    const int num_senders) {
-  __shared__ uint32_t sent[kTeams][kChunkTokens];
+  __shared__ uint32_t sent[kTeams][kSumChunkTokens];
   __shared__ uint64_t present[kTeams][kMaxDevices];
   const Call call(peers, layout, args.row_values != nullptr ? kDispatchGrad : kCombine);
   const int team = threadIdx.x / kTeamThreads;

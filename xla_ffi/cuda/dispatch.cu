@@ -126,7 +126,7 @@ __device__ void SendTokens(const Call& call, const Sizes& sizes, const DispatchA
       StoreRelaxed(
           reinterpret_cast<uint64_t*>(call.heap(peer) +
                                       call.layout.ChunkFlag(call.parity, call.peers.rank, chunk)),
-          call.epoch << kChunkTokens);
+          call.epoch << kEpochShift);
     }
   }
 }
@@ -165,39 +165,106 @@ __device__ void ScaleToRows(const Sizes& sizes, const DispatchArgs& args, const 
   }
 }
 
-// Rows of all tokens of one source.
-template <bool kPlan, typename T>
-__device__ void ExpandTokens(const Call& call, const Sizes& sizes, const DispatchArgs& args,
-                             const Crew& crew, Ring& ring, int source, bool* ok) {
+// A piece of a token, and the rows that it goes to: row of choice k in lane k, or -1.
+struct Item {
+  int piece;
+  int bytes;
+  const char* from;
+  int row;
+  unsigned rows;
+};
+
+// Finds item `i` of a source, waits until it is here, and starts to load it.
+__device__ Item StartItem(const Call& call, const Sizes& sizes, const DispatchArgs& args,
+                          Ring& ring, int source, int i, bool* ok) {
+  const int lane = threadIdx.x % 32;
+  const int pieces = (sizes.row_bytes + kPieceBytes - 1) / kPieceBytes;
+  const int token = i / pieces;
+  Item item;
+  item.piece = i - token * pieces;
+  item.bytes = min(kPieceBytes, sizes.row_bytes - item.piece * kPieceBytes);
+  item.row = -1;
+  if (lane < sizes.top_k) {
+    item.row = __ldcg(&args.plan.row_map[(source * sizes.num_tokens + token) * sizes.top_k + lane]);
+  }
+  item.rows = __ballot_sync(~0u, item.row >= 0);
+  const bool own = source == call.peers.rank;
+  if (!own && lane == 0) {
+    const auto* flag = reinterpret_cast<const uint64_t*>(
+        call.own() + call.layout.ChunkFlag(call.parity, source, token / kChunkTokens));
+    call.Wait(flag, kEpochShift, call.epoch, source, kPhaseRows, ok);
+    FenceBulk();
+  }
+  *ok = __shfl_sync(~0u, *ok, 0);
+  item.from = (own ? args.tokens + size_t(token) * sizes.row_bytes
+                   : call.own() + call.layout.Row(call.parity, source, token)) +
+              item.piece * kPieceBytes;
+  if (*ok && item.rows != 0 && lane == 0) ring.Load(item.from, item.bytes);
+  return item;
+}
+
+__device__ void StoreItem(const Sizes& sizes, const DispatchArgs& args, Ring& ring,
+                          const Item& item) {
+  if (item.rows == 0) return;
+  const bool leader = threadIdx.x % 32 == 0;
+  const char* loaded = leader ? ring.Loaded() : nullptr;
+  for (unsigned rest = item.rows; rest != 0; rest &= rest - 1) {
+    const int row = __shfl_sync(~0u, item.row, __ffs(rest) - 1);
+    char* to = args.rows + size_t(row) * sizes.row_bytes + item.piece * kPieceBytes;
+    if (leader) StartStore(to, loaded, item.bytes);
+  }
+  if (leader) ring.Next();
+}
+
+// Rows of all tokens of one source, piece by piece; each load starts one item ahead.
+__device__ void CopyTokens(const Call& call, const Sizes& sizes, const DispatchArgs& args,
+                           const Crew& crew, Ring& ring, int source, bool* ok) {
+  const int pieces = (sizes.row_bytes + kPieceBytes - 1) / kPieceBytes;
+  const int num_items = sizes.num_tokens * pieces;
+  const int stride = crew.num_blocks * crew.num_warps();
+  int i = crew.block + crew.num_blocks * crew.warp();
+  if (i >= num_items) return;
+  Item item = StartItem(call, sizes, args, ring, source, i, ok);
+  for (i += stride; *ok && i < num_items; i += stride) {
+    const Item next = StartItem(call, sizes, args, ring, source, i, ok);
+    StoreItem(sizes, args, ring, item);
+    item = next;
+  }
+  if (*ok) StoreItem(sizes, args, ring, item);
+}
+
+// Gradients of all rows of one source's tokens.
+template <typename T>
+__device__ void ScaleTokens(const Call& call, const Sizes& sizes, const DispatchArgs& args,
+                            const Crew& crew, int source, bool* ok) {
   const int lane = threadIdx.x % 32;
   const bool own = source == call.peers.rank;
   const int stride = crew.num_blocks * crew.num_warps();
   for (int t = crew.block + crew.num_blocks * crew.warp(); t < sizes.num_tokens; t += stride) {
     int row = -1;
     if (lane < sizes.top_k) {
-      row = __ldcg(&args.plan.row_map[(source * sizes.num_tokens + t) * sizes.top_k + lane]);
+      row = args.plan.row_map[(source * sizes.num_tokens + t) * sizes.top_k + lane];
     }
     if (!own) {
       const auto* flag = reinterpret_cast<const uint64_t*>(
           call.own() + call.layout.ChunkFlag(call.parity, source, t / kChunkTokens));
-      if (lane == 0) {
-        call.Wait(flag, kChunkTokens, call.epoch, source, kPhaseRows, ok);
-        FenceBulk();
-      }
+      if (lane == 0) call.Wait(flag, kEpochShift, call.epoch, source, kPhaseRows, ok);
       *ok = __shfl_sync(~0u, *ok, 0);
       if (!*ok) return;
     }
-    const unsigned rows = __ballot_sync(~0u, row >= 0);
-    if (rows == 0) continue;
     const char* from = own ? args.tokens + size_t(t) * sizes.row_bytes
                            : call.own() + call.layout.Row(call.parity, source, t);
-    if constexpr (kPlan) {
-      CopyRow(ring, from, sizes.row_bytes, rows, [&](int i) {
-        return args.rows + size_t(__shfl_sync(~0u, row, i)) * sizes.row_bytes;
-      });
-    } else {
-      ScaleToRows<T>(sizes, args, AsVectors(from), row, rows);
-    }
+    ScaleToRows<T>(sizes, args, AsVectors(from), row, __ballot_sync(~0u, row >= 0));
+  }
+}
+
+template <bool kPlan, typename T>
+__device__ void ExpandTokens(const Call& call, const Sizes& sizes, const DispatchArgs& args,
+                             const Crew& crew, Ring& ring, int source, bool* ok) {
+  if constexpr (kPlan) {
+    CopyTokens(call, sizes, args, crew, ring, source, ok);
+  } else {
+    ScaleTokens<T>(call, sizes, args, crew, source, ok);
   }
 }
 

@@ -18,8 +18,13 @@
 
 namespace jaxmoe::cuda {
 
-// Tokens whose arrival one flag announces: one warp each.
+// Tokens whose arrival one flag announces, from tokens to rows and from rows to tokens. Small
+// chunks spread evenly over the blocks, and each costs a fence.
 constexpr int kChunkTokens = 8;
+constexpr int kSumChunkTokens = 4;
+// A flag holds the epoch above this many bits; below, from rows to tokens, which tokens were sent.
+constexpr int kEpochShift = 8;
+static_assert(kSumChunkTokens <= kEpochShift && kSumChunkTokens <= kChunkTokens, "flags");
 // Parts in which a device's choices are sent, each with a flag, so that several blocks can send.
 constexpr int kMetaParts = 16;
 // Most devices of an expert axis.
@@ -55,7 +60,7 @@ struct Layout {
 
   JAXMOE_HOST_DEVICE explicit Layout(const GroupSizes& g)
       : num_devices(g.num_devices),
-        chunks((g.max_tokens + kChunkTokens - 1) / kChunkTokens),
+        chunks((g.max_tokens + kSumChunkTokens - 1) / kSumChunkTokens),
         choices(g.max_tokens * g.top_k),
         row_bytes(g.row_bytes),
         max_tokens(g.max_tokens) {
