@@ -8,9 +8,11 @@ RUN ?= runs/demo
 SANITIZE ?=
 
 BIN = $(VENV)/bin
-CXX_FILES = $(shell find xla_ffi -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+CXX_FILES = $(shell find xla_ffi benchmarks -name '*.cc' -o -name '*.cu' -o -name '*.h' \
+  -o -name '*.cuh')
 # The folders stand for sources that came or went.
-NATIVE = $(CXX_FILES) $(shell find xla_ffi -type d -o -name '*.cmake' -o -name CMakeLists.txt)
+NATIVE = $(filter xla_ffi/%,$(CXX_FILES)) \
+  $(shell find xla_ffi -type d -o -name '*.cmake' -o -name CMakeLists.txt)
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: help build demo test lint types format format-check cpp-test bazel smoke-newest clean
