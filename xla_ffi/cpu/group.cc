@@ -66,7 +66,8 @@ std::shared_ptr<Group> Group::Find(int64_t uid) {
 }
 
 void Group::Close(int64_t uid) {
-  // A fork has the groups but none of their threads: waiting for one to end would take for ever.
+  // A fork has copies of the groups. Closing one would release payloads that we have yet to read,
+  // and wait for a thread that is not there.
   if (TheRegistry().process != getpid()) return;
   std::shared_ptr<Group> group;
   {
