@@ -81,6 +81,10 @@ class Generator:
         tokens = self._whole(self.weights, *self._prompts, limit).tokens
         return np.asarray(tokens)[: self.num_prompts]
 
+    def lower(self) -> jax.stages.Lowered:
+        """The program of `generate`, to look into."""
+        return self._whole.lower(self.weights, *self._prompts, np.int32(self.max_new_tokens))
+
     def warm_up(self, *, streaming: bool) -> None:
         """Compiles what `generate` or `stream` runs, so that their times are of running alone."""
         if streaming:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from examples_support import ROOT  # noqa: F401  (puts examples/ on the path)
 from flax import nnx
+from test_compiled import STRAY, collectives, targets
 
 from attention import empty_cache, rope
 from generate import Generator, check_fits
@@ -34,7 +35,7 @@ def standard_promotion() -> Iterator[None]:
 def make_model(config: ModelConfig, num_devices: int, num_tokens: int = 4096) -> Transformer:
     """A model of random weights that are large enough for its texts to vary."""
     mesh = make_mesh(num_devices, data_parallel=1)
-    group = make_group(config, mesh, max_tokens=num_tokens, transport="xla")
+    group = make_group(config, mesh, max_tokens=num_tokens)
     model = Transformer(config, VOCAB_SIZE, group, rngs=nnx.Rngs(0))
     graphdef, params, router = split_model(model)
     noise = np.random.default_rng(0)
@@ -157,6 +158,17 @@ def _generator(
         max_new_tokens=num_new,
         sampling=sampling,
     )
+
+
+def test_decoding_exchanges_rows_by_our_calls_alone() -> None:
+    """Prefill and loop each have a dispatch and a combine per MoE layer, and nothing like them."""
+    model = make_model(CONFIG, num_devices=4)
+    prompts = [random_tokens(1, 5)[0]] * 4
+    generator = _generator(model, prompts, 8, SamplingConfig(temperature=0.0))
+    hlo = generator.lower().compile().as_text()
+    num_calls = 2 * (CONFIG.num_layers - CONFIG.num_dense_layers)
+    assert targets(hlo) == {"jaxmoe_dispatch": num_calls, "jaxmoe_combine": num_calls}
+    assert not collectives(hlo) & set(STRAY)
 
 
 def test_rows_stop_at_end_of_text() -> None:

@@ -15,7 +15,7 @@ from examples_support import make_corpus, records, run, start
 from checkpoint import Checkpoints
 
 # The tiny preset on small text, with a checkpoint every 4 of 12 steps.
-TINY = ("--preset", "tiny", "--transport", "xla")
+TINY = ("--preset", "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def test_loss_that_is_not_a_number_stops_the_run(folder: Path) -> None:
 def test_decoding_is_the_same_on_other_devices(folder: Path) -> None:
     def decode(*options: object) -> str:
         prompts = ("--prompt", "def f", "--prompt", "x")
-        more = ("--max-new-tokens", 8, "--temperature", 0, "--transport", "xla", *options)
+        more = ("--max-new-tokens", 8, "--temperature", 0, *options)
         return run("decode.py", folder / "full", *prompts, *more, cache=folder / "cache")
 
     output = decode()
@@ -198,7 +198,7 @@ def test_decoding_is_the_same_on_other_devices(folder: Path) -> None:
 
 
 def test_streamed_text_is_the_same(folder: Path) -> None:
-    options = ("--prompt", "def f", "--max-new-tokens", 20, "--seed", 3, "--transport", "xla")
+    options = ("--prompt", "def f", "--max-new-tokens", 20, "--seed", 3)
     cache = folder / "cache"
     whole = run("decode.py", folder / "full", *options, cache=cache).split("-" * 79 + "\n")[1]
     streamed = run("decode.py", folder / "full", *options, "--stream", cache=cache)
@@ -255,7 +255,7 @@ def test_what_cannot_be_decoded_is_an_error(
     shutil.copytree(folder / "full", copy)
     if damage is not None:
         damage(copy)
-    more = ("--max-new-tokens", 8, "--transport", "xla", *options)
+    more = ("--max-new-tokens", 8, *options)
     output = run("decode.py", copy, *more, cache=folder / "cache", status=2)
     assert message in output.replace("\n", " ")
     # Of damaged files orbax's threads print tracebacks of their own.
