@@ -15,12 +15,16 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 import runtime
 from checkpoint import CheckpointError, check_folder, read_config
 from presets import PRESETS, RunConfig, SettingsError
+
+if TYPE_CHECKING:
+    from trainer import Summary
 
 
 def parse_settings(args: Sequence[str]) -> RunConfig:
@@ -78,11 +82,18 @@ def main(args: Sequence[str] | None = None) -> int:
     except (SettingsError, CheckpointError) as error:
         print(f"pretrain: {error}", file=sys.stderr)
         return 2
+    return _report(config, summary)
+
+
+def _report(config: RunConfig, summary: Summary) -> int:
+    """Says how the run ended; returns the exit status."""
     folder = config.folder
     if summary.stopped_by is not None:
         print(f"pretrain: {summary.stopped_by}: saved step {summary.step}. Go on with --resume.")
         number = getattr(signal, summary.stopped_by, signal.SIGTERM)
         return 128 + int(number)
+    if runtime.processes().index > 0:
+        return 0
     print(
         f"step {summary.step}: {summary.val_loss:.3f} nats per byte on the held-out files\n"
         f"pictures: {folder / 'loss.png'} {folder / 'experts.png'}\n"
