@@ -21,7 +21,7 @@ import tyro
 
 import runtime
 from checkpoint import CheckpointError, Checkpoints, read_config
-from presets import RunConfig, SettingsError
+from presets import RunConfig, SettingsError, Transport
 from tokens import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class DecodeConfig:
     """The checkpoint to use; None: the newest."""
     devices: int | None = None
     """None: as many as the training used, if they are there."""
-    transport: str = "auto"
+    transport: Transport = "auto"
     stream: bool = False
     """Print the text as it comes."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Transport = Literal["auto", "cpu", "p2p", "xla"]
 
 
 class SettingsError(ValueError):
@@ -151,7 +152,7 @@ class RunConfig:
     """Devices to use: virtual ones on a CPU. None: all there are."""
     data_parallel: int = 1
     """Devices of the mesh's data axis; the others make up the expert axis."""
-    transport: Literal["auto", "cpu", "p2p", "xla"] = "auto"
+    transport: Transport = "auto"
     """How jaxmoe moves tokens between devices."""
     resume: bool = False
     """Go on from the newest checkpoint of run_dir."""
