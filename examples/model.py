@@ -42,17 +42,20 @@ def make_group(
             f"{mesh.shape['expert']} devices of the expert axis. Change --model.num-experts, "
             "--devices or --data-parallel."
         )
-    return jaxmoe.ExpertParallel(
-        mesh,
-        axis="expert",
-        num_experts=config.num_experts,
-        top_k=config.top_k,
-        dim=config.dim,
-        max_tokens=max_tokens,
-        capacity_factor=config.capacity_factor,
-        dtype=compute_dtype(config),
-        transport=transport,
-    )
+    try:
+        return jaxmoe.ExpertParallel(
+            mesh,
+            axis="expert",
+            num_experts=config.num_experts,
+            top_k=config.top_k,
+            dim=config.dim,
+            max_tokens=max_tokens,
+            capacity_factor=config.capacity_factor,
+            dtype=compute_dtype(config),
+            transport=transport,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise SettingsError(str(error)) from error
 
 
 def token_sharding(mesh: Mesh) -> NamedSharding:

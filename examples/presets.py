@@ -80,6 +80,16 @@ class ModelConfig:
             raise SettingsError(
                 f"model: top_k ({self.top_k}) must be from 1 to num_experts ({self.num_experts})."
             )
+        if self.num_experts % self.num_groups or not 1 <= self.top_groups <= self.num_groups:
+            raise SettingsError(
+                f"model: num_groups ({self.num_groups}) must divide num_experts "
+                f"({self.num_experts}), and top_groups ({self.top_groups}) must be from 1 to it."
+            )
+        if self.top_k > self.num_experts // self.num_groups * self.top_groups:
+            raise SettingsError(
+                f"model: top_k ({self.top_k}) is more than the experts of {self.top_groups} groups. "
+                "Raise top_groups or lower num_groups."
+            )
 
 
 @dataclass(frozen=True)

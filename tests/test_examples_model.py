@@ -270,6 +270,9 @@ def test_only_matrices_decay() -> None:
         ({"head_dim": 15}, "must be even"),
         ({"num_dense_layers": 9}, "num_dense_layers"),
         ({"top_k": 17}, r"top_k \(17\) must be from 1 to num_experts \(16\)"),
+        ({"num_groups": 3}, r"num_groups \(3\) must divide num_experts \(16\)"),
+        ({"num_groups": 8, "top_groups": 9}, r"top_groups \(9\) must be from 1"),
+        ({"num_groups": 8}, r"top_k \(4\) is more than the experts of 1 groups"),
     ],
 )
 def test_bad_models_are_errors(options: dict[str, Any], message: str) -> None:
@@ -285,3 +288,5 @@ def test_settings_that_do_not_fit_the_devices_are_errors() -> None:
     config = ModelConfig(num_experts=12)
     with pytest.raises(SettingsError, match=r"num_experts \(12\) must be divisible by the 8"):
         make_group(config, make_mesh(8, 1), max_tokens=8)
+    with pytest.raises(SettingsError, match=r"transport.*p2p"):
+        make_group(CONFIG, make_mesh(8, 1), max_tokens=8, transport="p2p")
