@@ -87,7 +87,7 @@ class ModelConfig:
             )
         if self.top_k > self.num_experts // self.num_groups * self.top_groups:
             raise SettingsError(
-                f"model: top_k ({self.top_k}) is more than the experts of {self.top_groups} groups. "
+                f"model: top_k ({self.top_k}) is more than {self.top_groups} groups have. "
                 "Raise top_groups or lower num_groups."
             )
 

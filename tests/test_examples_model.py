@@ -272,7 +272,7 @@ def test_only_matrices_decay() -> None:
         ({"top_k": 17}, r"top_k \(17\) must be from 1 to num_experts \(16\)"),
         ({"num_groups": 3}, r"num_groups \(3\) must divide num_experts \(16\)"),
         ({"num_groups": 8, "top_groups": 9}, r"top_groups \(9\) must be from 1"),
-        ({"num_groups": 8}, r"top_k \(4\) is more than the experts of 1 groups"),
+        ({"num_groups": 8}, r"top_k \(4\) is more than 1 groups have"),
     ],
 )
 def test_bad_models_are_errors(options: dict[str, Any], message: str) -> None:
