@@ -230,7 +230,13 @@ _DEMO = RunConfig(
     # none; metrics.jsonl counts them.
     model=ModelConfig(capacity_factor=2.0),
     # A short run needs a faster balance than the 1e-3 of long ones.
-    train=TrainConfig(bias_update_rate=5e-3, final_eval_windows=512),
+    train=TrainConfig(
+        steps=800,
+        bias_update_rate=5e-3,
+        eval_every=200,
+        final_eval_windows=512,
+        checkpoint_every=200,
+    ),
 )
 
 # For the tests: every feature on, seconds to train.
