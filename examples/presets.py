@@ -96,12 +96,12 @@ class ModelConfig:
 class TrainConfig:
     """One training run: its length, batch, optimiser, losses and what it writes when."""
 
-    steps: int = 1000
+    steps: int = 800
     batch_size: int = 8
     """Windows of a step, all devices and micro-batches together."""
     accumulate: int = 1
     """Micro-batches that a step is cut into; their gradients are averaged."""
-    learning_rate: float = 2.5e-3
+    learning_rate: float = 2e-3
     """Peak of the schedule: linear warm-up, then a cosine down to final_lr_fraction of it."""
     warmup_steps: int = 50
     final_lr_fraction: float = 0.1
@@ -121,12 +121,12 @@ class TrainConfig:
     """Weight of the router z-loss."""
     seed: int = 0
     """Of the parameters, the order of the data and the router's noise."""
-    eval_every: int = 250
+    eval_every: int = 200
     eval_windows: int = 128
     """Held-out windows of an evaluation on the way, spread evenly over the held-out text."""
     final_eval_windows: int | None = None
     """Of the evaluation after the last step; None: all there are."""
-    checkpoint_every: int = 250
+    checkpoint_every: int = 200
     keep_checkpoints: int = 2
     """Checkpoints that stay; older ones are deleted."""
     load_every: int = 10
