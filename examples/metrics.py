@@ -24,9 +24,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class MetricsLog:
     """Appends records to a file; each is on its way to the disk before the next step."""
 
-    def __init__(self, path: Path, resume_step: int = 0) -> None:
-        """Keeps the records up to resume_step; later ones come again from the resumed run."""
-        kept = [record for record in read_metrics(path) if record["step"] <= resume_step]
+    def __init__(self, path: Path, resume_step: int, *, evaluates_again: bool) -> None:
+        """Keeps the records up to resume_step; later ones come again from the resumed run.
+
+        evaluates_again: the evaluation of resume_step comes again, too.
+        """
+
+        def stays(record: dict[str, Any]) -> bool:
+            comes_again = evaluates_again and "val_loss" in record
+            return record["step"] < resume_step + (not comes_again)
+
+        kept = [record for record in read_metrics(path) if stays(record)]
         temporary = path.with_suffix(".new")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         os.replace(temporary, path)

@@ -96,7 +96,10 @@ class Trainer:
         self.step, self.state = self._restore() if config.resume else (0, learner.init())
         if self.is_main:
             write_config(config)
-        self.metrics = MetricsLog(config.folder / METRICS_FILE, self.step) if self.is_main else None
+        self.metrics: MetricsLog | None = None
+        if self.is_main:
+            path = config.folder / METRICS_FILE
+            self.metrics = MetricsLog(path, self.step, evaluates_again=self.step >= cfg.steps)
         self._unread: tuple[int, StepMetrics] | None = None
         self._clock = time.perf_counter()
         self._bar = tqdm(

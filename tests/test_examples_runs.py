@@ -76,6 +76,14 @@ def _wait_for_checkpoint(process: Any, folder: Path, step: int) -> None:
         time.sleep(0.001)
 
 
+def test_finished_run_resumes_to_the_same_end(folder: Path) -> None:
+    shutil.copytree(folder / "full", folder / "finished")
+    options = ("--run-dir", folder / "finished", "--resume")
+    output = run("pretrain.py", *options, cache=folder / "cache")
+    assert "step 12: " in output
+    _assert_same_run(folder, "finished")
+
+
 def test_killed_run_resumes_bit_for_bit(folder: Path) -> None:
     killed = folder / "killed"
     options = _options(folder, "killed", "--overwrite")
