@@ -164,10 +164,18 @@ def moe_layer(
         )
     if mask is not None and mask.shape != x.shape[:-1]:
         raise ValueError(f"MoE: mask must have shape {list(x.shape[:-1])}, got {list(mask.shape)}.")
+    if x.size == 0:  # XLA's compilers fail on collectives of empty arrays
+        return x, _no_stats(group)
     body = functools.partial(_local_layer, config)
     if group.mesh is None or _inside_shard_map(group):
         return body(params, x, bias, mask, key)
     return _sharded(config, body)(params, x, bias, mask, key)
+
+
+def _no_stats(group: ExpertParallel) -> MoEStats:
+    zero = jnp.zeros((), jnp.float32)
+    counts = jnp.zeros(group.num_experts, jnp.int32)
+    return MoEStats(counts, jnp.zeros((), jnp.int32), zero, zero, zero, zero)
 
 
 def _inside_shard_map(group: ExpertParallel) -> bool:

@@ -156,8 +156,8 @@ def route(
     logits += jnp.where(broken, jnp.nan, 0.0)
 
     expert_ids, chosen = _select(logits, top_k, config, bias)
+    weights = config.scale * _weights(logits, expert_ids, chosen, config)
     chosen &= active[..., None]
-    weights = config.scale * _weights(logits, expert_ids, config)
     return Routing(
         expert_ids=jnp.where(chosen, expert_ids, -1),
         weights=jnp.where(chosen, weights, 0.0),
@@ -236,11 +236,11 @@ def _scores(logits: Array, config: RouterConfig) -> Array:
     return jax.nn.sigmoid(logits) if config.score == "sigmoid" else jax.nn.softmax(logits)
 
 
-def _weights(logits: Array, expert_ids: Array, config: RouterConfig) -> Array:
-    """The weights of the chosen experts, [..., K], before the scale."""
+def _weights(logits: Array, expert_ids: Array, chosen: Array, config: RouterConfig) -> Array:
+    """The weights of the chosen experts, [..., K], before the scale. Every token has chosen one."""
     if config.normalize or (config.topk_first and config.score == "softmax"):
-        log_scores = _log_scores(logits, config)
-        return jax.nn.softmax(jnp.take_along_axis(log_scores, expert_ids, axis=-1))
+        log_scores = jnp.take_along_axis(_log_scores(logits, config), expert_ids, axis=-1)
+        return jax.nn.softmax(jnp.where(chosen, log_scores, -jnp.inf))
     return jnp.take_along_axis(_scores(logits, config), expert_ids, axis=-1)
 
 

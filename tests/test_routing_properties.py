@@ -50,6 +50,16 @@ def test_every_token_gets_a_valid_choice(logits, bias, mask, config):
             np.testing.assert_allclose(scores[token].sum(), 1, rtol=1e-6)
 
 
+def test_what_was_not_chosen_has_no_share_of_the_weights():
+    """Two half-forbidden groups survive, so that only two experts are left for three choices."""
+    logits = np.zeros((1, NUM_EXPERTS), np.float32)
+    logits[0, [2, 4]] = -np.inf
+    bias = np.full(NUM_EXPERTS, -1, np.float32)
+    ids, weights, *_ = route(logits, TOP_K, CONFIGS[0], bias=bias)
+    np.testing.assert_array_equal(ids, [[3, 5, -1]])
+    np.testing.assert_array_equal(weights, [[1, 1, 0]])
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     logits=arrays(np.float32, (NUM_TOKENS, NUM_EXPERTS), elements=value),

@@ -1,25 +1,36 @@
 #include "xla_ffi/cpu/exchange.h"
 
 #include <exception>
-#include <sstream>
 #include <utility>
 
+#include "xla_ffi/common/text.h"
 #include "xla_ffi/cpu/threads.h"
 
 namespace jaxmoe {
 namespace {
 
 std::string List(const std::vector<int64_t>& numbers) {
-  std::ostringstream text;
-  for (size_t i = 0; i < numbers.size(); ++i) text << (i ? ", " : "") << numbers[i];
-  return "[" + text.str() + "]";
+  std::string text;
+  for (int64_t number : numbers) text += Concat(text.empty() ? "" : ", ", number);
+  return Concat("[", text, "]");
+}
+
+const char* Name(xla::ffi::DataType dtype) {
+  switch (dtype) {
+    case xla::ffi::DataType::BF16:
+      return "bfloat16";
+    case xla::ffi::DataType::F16:
+      return "float16";
+    case xla::ffi::DataType::F32:
+      return "float32";
+    default:
+      return "other";
+  }
 }
 
 std::string Sizes(const CallShape& s) {
-  std::ostringstream text;
-  text << "tokens " << s.num_tokens << ", top_k " << s.top_k << ", dim " << s.dim << ", capacity "
-       << s.capacity << ", experts " << s.num_experts << ", dtype " << s.dtype;
-  return text.str();
+  return Concat("tokens ", s.num_tokens, ", top_k ", s.top_k, ", dim ", s.dim, ", capacity ",
+                s.capacity, ", experts ", s.num_experts, ", dtype ", Name(s.dtype));
 }
 
 // Below this, handing work to other threads costs more than it saves.
@@ -205,12 +216,10 @@ std::string Exchange::Describe() const {
       processes.push_back(process_of_[r]);
     }
   }
-  std::ostringstream text;
-  text << "devices " << List(missing) << " of the expert axis did not come";
-  if (!processes.empty()) text << " (processes " << List(processes) << ")";
-  text << ", devices " << List(present) << " did; slice " << key_.slice << ", run " << key_.run
-       << ", site " << key_.site << ", instance " << key_.instance << ", " << Sizes(shape_);
-  return text.str();
+  return Concat("devices ", List(missing), " of the expert axis did not come",
+                processes.empty() ? std::string() : Concat(" (processes ", List(processes), ")"),
+                ", devices ", List(present), " did; slice ", key_.slice, ", run ", key_.run,
+                ", site ", key_.site, ", instance ", key_.instance, ", ", Sizes(shape_));
 }
 
 }  // namespace jaxmoe

@@ -4,11 +4,11 @@
 
 #include <algorithm>
 #include <set>
-#include <sstream>
 #include <stdexcept>
 #include <thread>
 #include <utility>
 
+#include "xla_ffi/common/text.h"
 #include "xla_ffi/cpu/threads.h"
 
 namespace jaxmoe {
@@ -204,11 +204,11 @@ void Group::CheckDeadlines(Clock::time_point now) {
     }
   }
   for (auto& exchange : late) {
-    std::ostringstream text;
-    text << "timed out after " << options_.timeout_seconds << " s: " << exchange->Describe()
-         << ", group " << std::hex << options_.uid
-         << ". A device stopped or runs another program; a slow one needs a longer timeout=.";
-    exchange->Fail(text.str());
+    const std::string text =
+        Concat("timed out after ", options_.timeout_seconds, " s: ", exchange->Describe(),
+               ", group ", Hex(options_.uid),
+               ". A device stopped or runs another program; a slow one needs a longer timeout=.");
+    exchange->Fail(text);
   }
 }
 
