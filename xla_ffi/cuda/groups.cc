@@ -4,9 +4,10 @@
 #include <map>
 #include <mutex>
 #include <new>
-#include <sstream>
 #include <stdexcept>
 #include <utility>
+
+#include "xla_ffi/common/text.h"
 
 namespace jaxmoe::cuda {
 namespace {
@@ -153,18 +154,17 @@ std::string DescribeError(const Member& member) {
                                                 "jaxmoe_dispatch_grad", "jaxmoe_combine_grad"};
   static constexpr const char* kPhases[] = {"the peer's call", "the peer's choices",
                                             "the peer's rows", "its own blocks"};
-  std::ostringstream text;
-  text << kOperations[e.operation & 3] << " on device " << e.rank << ": ";
+  const std::string call = Concat(kOperations[e.operation & 3], " on device ", e.rank, ": ");
+  const std::string end =
+      Concat("; call ", e.epoch, " of the group. The group cannot be used any more.");
   if (e.phase == kPhaseHeader && e.seen != 0 && e.expected != e.seen) {
-    text << "device " << e.peer << " is in another call (expected " << std::hex << e.expected
-         << ", seen " << e.seen << std::dec
-         << "). All devices must run the same program, with their calls in the same order";
-  } else {
-    text << "timed out waiting for " << kPhases[e.phase & 3] << " (device " << e.peer
-         << "): expected " << e.expected << ", seen " << e.seen;
+    return Concat(call, "device ", e.peer, " is in another call (expected ", Hex(e.expected),
+                  ", seen ", Hex(e.seen),
+                  "). All devices must run the same program, with their calls in the same order",
+                  end);
   }
-  text << "; call " << e.epoch << " of the group. The group cannot be used any more.";
-  return text.str();
+  return Concat(call, "timed out waiting for ", kPhases[e.phase & 3], " (device ", e.peer,
+                "): expected ", e.expected, ", seen ", e.seen, end);
 }
 
 }  // namespace jaxmoe::cuda
