@@ -16,3 +16,10 @@ if not os.environ.get("JAXMOE_REQUIRE_GPUS"):
 import jax  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+from hypothesis import settings  # noqa: E402
+
+# A change is judged by the same examples each time; by hand every run looks for new ones.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
