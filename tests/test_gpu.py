@@ -84,7 +84,7 @@ def test_fewer_multiprocessors_give_the_same_bits(num_sms: int):
 
 
 def test_many_calls_give_the_same_bits():
-    """Different sizes in turn, in a scan, on one group: nothing of one call reaches another."""
+    """Different sizes in turn on one group: nothing of one call reaches another."""
     mesh = jax.make_mesh((2,), ("expert",))
     group = jaxmoe.ExpertParallel(
         mesh, num_experts=32, top_k=4, dim=256, max_tokens=512, transport="p2p", timeout=20
