@@ -1,14 +1,48 @@
-"""Mixture-of-Experts for JAX: expert parallelism in `jax.shard_map` through XLA custom calls."""
+"""Mixture-of-Experts for JAX: expert parallelism in `jax.shard_map` through XLA custom calls.
 
-from jaxmoe import losses as losses
-from jaxmoe.group import ExpertParallel as ExpertParallel
-from jaxmoe.layer import MoEStats as MoEStats
-from jaxmoe.nnx import MoE as MoE
-from jaxmoe.nnx import RouterBias as RouterBias
-from jaxmoe.ops import combine as combine
-from jaxmoe.ops import dispatch as dispatch
-from jaxmoe.plan import Plan as Plan
-from jaxmoe.routing import RouterConfig as RouterConfig
-from jaxmoe.routing import Routing as Routing
-from jaxmoe.routing import route as route
-from jaxmoe.routing import update_bias as update_bias
+The names below are imported when they are first used, so that `python -m jaxmoe` can look at a
+machine, and start processes on it, without JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+_HOME = {
+    "ExpertParallel": "jaxmoe.group",
+    "MoE": "jaxmoe.nnx",
+    "MoEStats": "jaxmoe.layer",
+    "Plan": "jaxmoe.plan",
+    "RouterBias": "jaxmoe.nnx",
+    "RouterConfig": "jaxmoe.routing",
+    "Routing": "jaxmoe.routing",
+    "combine": "jaxmoe.ops",
+    "dispatch": "jaxmoe.ops",
+    "route": "jaxmoe.routing",
+    "update_bias": "jaxmoe.routing",
+}
+
+if TYPE_CHECKING:
+    from jaxmoe import losses as losses
+    from jaxmoe.group import ExpertParallel as ExpertParallel
+    from jaxmoe.layer import MoEStats as MoEStats
+    from jaxmoe.nnx import MoE as MoE
+    from jaxmoe.nnx import RouterBias as RouterBias
+    from jaxmoe.ops import combine as combine
+    from jaxmoe.ops import dispatch as dispatch
+    from jaxmoe.plan import Plan as Plan
+    from jaxmoe.routing import RouterConfig as RouterConfig
+    from jaxmoe.routing import Routing as Routing
+    from jaxmoe.routing import route as route
+    from jaxmoe.routing import update_bias as update_bias
+else:
+
+    def __getattr__(name: str) -> object:
+        if name == "losses":
+            return importlib.import_module("jaxmoe.losses")
+        if name not in _HOME:
+            raise AttributeError(f"module 'jaxmoe' has no attribute {name!r}")
+        value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_HOME, "losses"})
