@@ -1,0 +1,73 @@
+"""Questions to the machine that must neither hang nor start CUDA in the process that asks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_DRIVER_FOLDER = Path("/proc/driver/nvidia/gpus")
+_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a program printed and its exit code; no code when it did not end in time."""
+
+    output: str
+    errors: str
+    code: int | None
+
+
+def ask(
+    command: Sequence[str],
+    seconds: float = _SECONDS,
+    environment: Mapping[str, str] | None = None,
+) -> Answer | None:
+    """Run a program for at most so many seconds; None when there is no such program."""
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    except OSError:
+        return None
+    try:
+        output, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        for pipe in (process.stdout, process.stderr):
+            assert pipe is not None
+            pipe.close()
+        # Not for ever: a process that hangs in a driver does not even heed SIGKILL.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(1.0)
+        return Answer("", "", None)
+    return Answer(output, errors, process.returncode)
+
+
+def count_gpus(environment: Mapping[str, str] = os.environ) -> int:
+    """NVIDIA GPUs that a CUDA program would see here."""
+    answer = ask(["nvidia-smi", "-L"])
+    if answer is not None and answer.code == 0:
+        found = sum(line.startswith("GPU ") for line in answer.output.splitlines())
+    else:
+        found = len(list(_DRIVER_FOLDER.iterdir())) if _DRIVER_FOLDER.is_dir() else 0
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return found
+    # CUDA takes the entries up to the first that is none, such as -1.
+    entries = [entry.strip() for entry in visible.split(",")]
+    none = (i for i, entry in enumerate(entries) if not entry or entry.startswith("-"))
+    return min(found, next(none, len(entries)))
