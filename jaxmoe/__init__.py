@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 _HOME = {
+    "ExchangeError": "jaxmoe.transport.failures",
     "ExpertParallel": "jaxmoe.group",
     "MoE": "jaxmoe.nnx",
     "MoEStats": "jaxmoe.layer",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from jaxmoe.routing import Routing as Routing
     from jaxmoe.routing import route as route
     from jaxmoe.routing import update_bias as update_bias
+    from jaxmoe.transport.failures import ExchangeError as ExchangeError
 else:
 
     def __getattr__(name: str) -> object:

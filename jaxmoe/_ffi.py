@@ -1,6 +1,7 @@
 """The custom calls: the only file that touches `jax.ffi`.
 
-One registered name per operation; each platform registers its own implementation under it. The
+One registered name per operation; each platform registers its own implementation under it (and the
+library with NVSHMEM under a name of its own, for it may lie beside the one without). The
 static configuration of a call crosses as one struct attribute, `CONFIG_FIELDS`, which
 `xla_ffi/common/config.h` declares again.
 """
@@ -26,7 +27,14 @@ TARGETS = ("jaxmoe_dispatch", "jaxmoe_combine", "jaxmoe_dispatch_grad", "jaxmoe_
 I32, F32 = jnp.int32, jnp.float32
 
 
-def register(handlers: dict[str, Any], types: dict[str, Any], platform: str) -> None:
+def suffix_of(library: str) -> str:
+    """What follows the names of a library's custom calls: a process may load both CUDA ones."""
+    return "_nvshmem" if library == "nvshmem" else ""
+
+
+def register(
+    handlers: dict[str, Any], types: dict[str, Any], platform: str, suffix: str = ""
+) -> None:
     """Make a library's handlers known to XLA, and before them the types of the state they keep.
 
     `handlers` maps each of `TARGETS` to its capsules by stage.
@@ -34,7 +42,7 @@ def register(handlers: dict[str, Any], types: dict[str, Any], platform: str) -> 
     for name, registration in types.items():
         jax.ffi.register_ffi_type(name, registration, platform=platform)
     for target in TARGETS:
-        jax.ffi.register_ffi_target(target, handlers[target], platform=platform)
+        jax.ffi.register_ffi_target(target + suffix, handlers[target], platform=platform)
 
 
 def dispatch(
@@ -136,7 +144,7 @@ def _call(
     # Typed like an operand: a bare ShapeDtypeStruct would be taken as equal on all devices.
     like = jax.typeof(operands[0])
     avals = [like.update(shape=shape, dtype=jnp.dtype(dtype)) for shape, dtype in outputs]
-    call = jax.ffi.ffi_call(target, avals, vmap_method="sequential")
+    call = jax.ffi.ffi_call(target + suffix_of(group.transport), avals, vmap_method="sequential")
     return list(call(_where(group), *operands, config=config))
 
 

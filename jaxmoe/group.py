@@ -60,9 +60,10 @@ class ExpertParallel:
       dtype: of tokens and rows: bfloat16, float16 or float32.
       wire_dtype: must be None; tokens travel in `dtype`.
       transport: "cpu" (this library's custom calls on the host platform), "p2p" (its kernels on
-        the GPUs of one process), "xla" (plain `jax.lax` collectives, any backend; also the
-        reference) or "auto". `group.transport` says what was picked.
-      num_sms: most multiprocessors that a GPU kernel occupies; None for all. Only for "p2p".
+        the GPUs of one process), "nvshmem" (the same kernels, one process per GPU), "xla" (plain
+        `jax.lax` collectives, any backend; also the reference) or "auto". `group.transport` says
+        what was picked, `group.heap_bytes` how much memory each device reserved for it.
+      num_sms: most multiprocessors that a GPU kernel occupies; None for all. Only on GPUs.
       timeout: seconds that a device waits for its peers before the call fails with an error that
         names them.
 
@@ -127,6 +128,7 @@ class ExpertParallel:
     dtype = property(lambda self: jnp.dtype(self.spec.dtype))
     timeout = property(lambda self: self.spec.timeout)
     uid = property(lambda self: self._handle.uid)
+    heap_bytes = property(lambda self: self._handle.heap_bytes)
     closed = property(lambda self: not self._finalizer.alive)
 
     def capacity(self, num_tokens: int) -> int:

@@ -16,7 +16,12 @@ from jaxmoe._vma import vary_alike
 from jaxmoe.group import ExpertParallel
 from jaxmoe.plan import Plan
 
-_BACKENDS: dict[str, ModuleType] = {"xla": reference, "cpu": _ffi, "p2p": _ffi}
+_BACKENDS: dict[str, ModuleType] = {
+    "xla": reference,
+    "cpu": _ffi,
+    "p2p": _ffi,
+    "nvshmem": _ffi,
+}
 
 
 def dispatch(

@@ -13,8 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
 SHARED_MEMORY = Path("/dev/shm")
@@ -27,6 +28,8 @@ def join(**options: object) -> int:
 
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     rank, num = int(os.environ["JAXMOE_TEST_RANK"]), int(os.environ["JAXMOE_TEST_PROCESSES"])
+    if os.environ.get("JAXMOE_TEST_GPU"):
+        options["local_device_ids"] = [int(os.environ["JAXMOE_TEST_GPU"])]
     if num > 1:
         jax.distributed.initialize(os.environ["JAXMOE_TEST_ADDRESS"], num, rank, **options)
     return rank
@@ -40,9 +43,19 @@ class Launch:
       num_processes: how many times it is started.
       num_devices: host devices of each process.
       args: further arguments of the script.
+      gpus: instead of host devices, the GPU of each process; several may share one.
+      environment: further variables.
     """
 
-    def __init__(self, worker: str, num_processes: int, num_devices: int, *args: str):
+    def __init__(
+        self,
+        worker: str,
+        num_processes: int,
+        num_devices: int,
+        *args: str,
+        gpus: Sequence[int] = (),
+        environment: Mapping[str, str] | None = None,
+    ):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -50,18 +63,29 @@ class Launch:
         self._processes: list[subprocess.Popen[bytes]] = []
         paths = [str(FOLDER), str(FOLDER.parent), os.environ.get("PYTHONPATH", "")]
         for rank in range(num_processes):
-            environment = os.environ | {
-                "JAX_PLATFORMS": "cpu",
+            variables = os.environ | {
                 "JAXMOE_TEST_ADDRESS": address,
                 "JAXMOE_TEST_PROCESSES": str(num_processes),
                 "JAXMOE_TEST_RANK": str(rank),
                 "PYTHONPATH": os.pathsep.join(p for p in paths if p),
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
             }
+            if gpus:
+                fraction = 0.5 / gpus.count(gpus[rank])
+                variables |= {
+                    "JAXMOE_TEST_GPU": str(gpus[rank]),
+                    "XLA_FLAGS": "",
+                    "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{fraction:.3f}",
+                }
+            else:
+                variables |= {
+                    "JAX_PLATFORMS": "cpu",
+                    "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+                }
+            variables |= environment or {}
             with self._log_path(rank).open("wb") as log:
                 command = [sys.executable, str(FOLDER / "workers" / f"{worker}.py"), *args]
                 self._processes.append(
-                    subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+                    subprocess.Popen(command, env=variables, stdout=log, stderr=log)
                 )
 
     def __enter__(self) -> Launch:
@@ -119,9 +143,14 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def run(
-    worker: str, num_processes: int, num_devices: int, *args: str, timeout: float = 120
+    worker: str,
+    num_processes: int,
+    num_devices: int,
+    *args: str,
+    timeout: float = 120,
+    **options: Any,
 ) -> list[str]:
     """Run a worker to its end on all processes and return their logs."""
-    with Launch(worker, num_processes, num_devices, *args) as launch:
+    with Launch(worker, num_processes, num_devices, *args, **options) as launch:
         launch.wait(timeout)
         return launch.check()

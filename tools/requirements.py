@@ -1,7 +1,8 @@
 """Print what `pyproject.toml` requires, one requirement a line, for `pip install -r`.
 
 `requirements.py test dev` prints those of the build system, the package and these extras;
-`requirements.py --build-tools` cmake and ninja, as far as this machine lacks them.
+`requirements.py --build-tools` what compiling needs on this machine: cmake and ninja as far as it
+lacks them, NVSHMEM's wheel if it has nvcc.
 """
 
 import argparse
@@ -25,8 +26,8 @@ def package_requirements(extras: list[str]) -> list[str]:
 
 
 def missing_build_tools() -> list[str]:
-    # scikit-build-core knows which versions it needs and whether the machine has them.
-    from scikit_build_core.build import get_requires_for_build_editable
+    # The build backend knows which versions it needs and whether the machine has them.
+    from build_backend import get_requires_for_build_editable
 
     return get_requires_for_build_editable({})
 

@@ -42,3 +42,10 @@ def new_uid(mesh: jax.sharding.Mesh | None, spec: GroupSpec) -> int:
     _opened[content] += 1
     low, high = (zlib.crc32(f"{side}{count}{content}".encode()) for side in "lh")
     return (high & 0x7FFFFFFF) << 32 | low
+
+
+def kv_client() -> Any:
+    """The client of the key-value store of `jax.distributed`; None if that is not initialised."""
+    from jax._src import distributed  # no public name for the key-value store in any release so far
+
+    return distributed.global_state.client

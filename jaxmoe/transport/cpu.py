@@ -51,6 +51,7 @@ class CpuGroup:
             raise RuntimeError(f"ExpertParallel: transport 'cpu' cannot run here: {reason}")
         processes = common.per_device(mesh, spec, lambda d: d.process_index)
         self.uid = common.new_uid(mesh, spec)
+        self.heap_bytes = 0  # devices read each other's buffers
         here = jax.process_index()
         self._lib.open_group(self.uid, spec.timeout, processes.tolist(), here)
         try:
@@ -67,7 +68,12 @@ class CpuGroup:
 
 def _join(lib: Any, uid: int, spec: GroupSpec, members: list[int], here: int) -> None:
     """Map the shared memory of all member processes; returns once all have mapped all."""
-    client = _kv_client()
+    client = common.kv_client()
+    if client is None:
+        raise RuntimeError(
+            "ExpertParallel: the mesh spans several processes, but jax.distributed is not "
+            "initialised. Call jax.distributed.initialize first."
+        )
     timeout_ms = int(spec.timeout * 1000)
     prefix = f"jaxmoe/cpu/{uid:x}"
     name = f"/jaxmoe-{os.getpid()}-{uid:x}-{secrets.token_hex(4)}"
@@ -97,16 +103,3 @@ def _join(lib: Any, uid: int, spec: GroupSpec, members: list[int], here: int) ->
         ) from error
     finally:
         lib.unlink_segment(uid)
-
-
-def _kv_client() -> Any:
-    from jax._src import distributed  # no public name for the key-value store in any release so far
-
-    client = distributed.global_state.client
-    if client is None:
-        raise RuntimeError(
-            "ExpertParallel: the mesh spans several processes, but jax.distributed is not "
-            "initialised. "
-            "Call jax.distributed.initialize first."
-        )
-    return client

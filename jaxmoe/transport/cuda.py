@@ -1,4 +1,8 @@
-"""`transport="p2p"`: one process with several GPUs that store into each other's memory."""
+"""What the GPU transports share: the kernels' libraries, their limits, and failures on the device.
+
+The same kernels are built into two libraries, without and with NVSHMEM; each is loaded when a
+group asks for it, and registers its custom calls under names of its own.
+"""
 
 from __future__ import annotations
 
@@ -10,31 +14,42 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 
-from jaxmoe.transport import common
+from jaxmoe.transport import failures
 
 if TYPE_CHECKING:
     from jaxmoe.group import GroupSpec
 
 _MESSAGE_BYTES = 1024
+_VARIABLES = {"cuda": "JAXMOE_CUDA_LIBRARY", "nvshmem": "JAXMOE_NVSHMEM_LIBRARY"}
 
 
-class _GroupSizes(ctypes.Structure):
+class GroupSizes(ctypes.Structure):
     """`GroupSizes` of xla_ffi/cuda/layout.h."""
 
     _fields_ = [
         (name, ctypes.c_int)
-        for name in ("num_devices", "num_local_experts", "max_tokens", "top_k", "row_bytes")
+        for name in ("num_devices", "num_local_experts", "max_tokens", "top_k", "row_bytes", "puts")
     ]
 
 
+def sizes_of(spec: GroupSpec, puts: bool = False) -> GroupSizes:
+    return GroupSizes(
+        spec.num_devices,
+        spec.num_experts // spec.num_devices,
+        max(spec.max_tokens, 1),
+        spec.top_k,
+        _row_bytes(spec),
+        puts,
+    )
+
+
 @functools.cache
-def _load() -> tuple[Any, str]:
-    """The CUDA library with its handlers registered, or None and the reason."""
-    path = _library()
+def load(name: str) -> tuple[Any, str]:
+    """The library "cuda" or "nvshmem" with its handlers registered, or None and the reason."""
+    path = library_path(name)
     if path is None:
-        return None, "jaxmoe was installed without its CUDA library (nvcc was not there); reinstall"
+        return None, f"jaxmoe was installed without it: {_build_status()}"
     try:
         lib = ctypes.CDLL(str(path))
     except OSError as error:
@@ -43,30 +58,32 @@ def _load() -> tuple[Any, str]:
     from jaxmoe import _ffi
 
     handlers = {name: jax.ffi.pycapsule(getattr(lib, name)) for name in _ffi.TARGETS}
-    _ffi.register(handlers, {}, platform="CUDA")
+    _ffi.register(handlers, {}, platform="CUDA", suffix=_ffi.suffix_of(name))
     return lib, ""
 
 
-def _library() -> Path | None:
-    named = os.environ.get("JAXMOE_CUDA_LIBRARY")
+def library_path(name: str) -> Path | None:
+    """Where the library lies; None if it was not built."""
+    named = os.environ.get(_VARIABLES[name])
     if named:
         return Path(named)
-    places = [Path(p) / "jaxmoe" for p in sys.path] + [Path(__file__).parent.parent]
-    found = (place / "lib" / "libjaxmoe_cuda.so" for place in places)
+    found = (place / f"libjaxmoe_{name}.so" for place in _places())
     return next((path for path in found if path.exists()), None)
 
 
-def why_not(mesh: jax.sharding.Mesh | None, spec: GroupSpec) -> str:
-    """Why this transport cannot serve the group; empty if it can."""
-    devices = jax.local_devices()[:1] if mesh is None else list(mesh.devices.flat)
-    if any(d.platform != "gpu" for d in devices):
-        return f"it serves GPUs and the mesh has {devices[0].platform} devices"
-    if any(d.process_index != jax.process_index() for d in devices):
-        return "it serves the GPUs of one process and the mesh spans several"
-    return _why_not_sizes(spec) or _load()[1]
+def _places() -> list[Path]:
+    # An editable install has its libraries elsewhere than its sources.
+    packages = [Path(p) / "jaxmoe" for p in sys.path] + [Path(__file__).parent.parent]
+    return [package / "lib" for package in packages]
 
 
-def _why_not_sizes(spec: GroupSpec) -> str:
+def _build_status() -> str:
+    texts = (place / "cuda_library.txt" for place in _places())
+    return next((text.read_text().strip() for text in texts if text.exists()), "reinstall it")
+
+
+def why_not_sizes(spec: GroupSpec) -> str:
+    """Why the kernels cannot serve the sizes; empty if they can."""
     limits = (
         (
             _row_bytes(spec) % 16 == 0,
@@ -90,40 +107,21 @@ def _row_bytes(spec: GroupSpec) -> int:
     return spec.dim * jax.numpy.dtype(spec.dtype).itemsize
 
 
-class P2pGroup:
-    """One group's heaps."""
+def call(function: Any, *args: Any) -> None:
+    """Call a function of a library that fills a message on failure; raises that."""
+    message = ctypes.create_string_buffer(_MESSAGE_BYTES)
+    if function(*args, message, ctypes.c_int(_MESSAGE_BYTES)):
+        raise RuntimeError(message.value.decode(errors="replace"))
 
-    def __init__(self, mesh: jax.sharding.Mesh | None, spec: GroupSpec):
-        self._lib, reason = _load()
-        if reason:
-            raise RuntimeError(f"ExpertParallel: transport 'p2p' cannot run here: {reason}")
-        sizes = _sizes(spec)
-        self.uid = common.new_uid(mesh, spec)
-        self.heap_bytes = self._lib.jaxmoe_cuda_heap_bytes(ctypes.byref(sizes))
-        devices = common.per_device(mesh, spec, lambda d: d.local_hardware_id).astype(np.int32)
-        message = ctypes.create_string_buffer(_MESSAGE_BYTES)
-        failed = self._lib.jaxmoe_cuda_open_p2p(
-            ctypes.c_int64(self.uid),
-            ctypes.byref(sizes),
-            ctypes.c_int(devices.shape[0]),
-            devices.ctypes.data_as(ctypes.c_void_p),
-            ctypes.c_double(spec.timeout),
-            ctypes.c_int(spec.num_sms or 0),
-            message,
-            ctypes.c_int(_MESSAGE_BYTES),
-        )
-        if failed:
-            raise RuntimeError(f"ExpertParallel: transport 'p2p': {message.value.decode()}")
+
+class CudaGroup:
+    """A group that a library has opened under `uid`; `heap_bytes` on each device."""
+
+    def __init__(self, lib: Any, uid: int, sizes: GroupSizes):
+        self._lib = lib
+        self.uid = uid
+        self.heap_bytes = int(lib.jaxmoe_cuda_heap_bytes(ctypes.byref(sizes)))
+        failures.watch(lib)
 
     def close(self) -> None:
         self._lib.jaxmoe_cuda_close(ctypes.c_int64(self.uid))
-
-
-def _sizes(spec: GroupSpec) -> _GroupSizes:
-    return _GroupSizes(
-        spec.num_devices,
-        spec.num_experts // spec.num_devices,
-        max(spec.max_tokens, 1),
-        spec.top_k,
-        _row_bytes(spec),
-    )

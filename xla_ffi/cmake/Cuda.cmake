@@ -1,5 +1,6 @@
-# libjaxmoe_cuda.so: the CUDA handlers and kernels, without a Python symbol, so that Python can load it
-# (ctypes) only where a GPU platform exists. Needs nvcc to build and nothing of CUDA to import jaxmoe.
+# libjaxmoe_cuda.so, and with NVSHMEM libjaxmoe_nvshmem.so: the CUDA handlers and kernels, without a
+# Python symbol, so that Python can load them (ctypes) only where a GPU platform exists. Needs nvcc to
+# build and nothing of CUDA to import jaxmoe.
 
 # Says whether the library is built, and why not. pip hides CMake's messages, so the sentence is also
 # installed as jaxmoe/lib/cuda_library.txt, for the Makefile and for the errors of the Python package.
@@ -43,14 +44,20 @@ set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 enable_language(CUDA)
 
-add_library(jaxmoe_cuda SHARED ${JAXMOE_COMMON_SOURCES} ${JAXMOE_CUDA_SOURCES})
-target_link_libraries(jaxmoe_cuda PRIVATE jaxmoe_options)
-# For the .cc files; nvcc itself knows where they are, wherever it was installed.
-target_include_directories(jaxmoe_cuda SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
-target_compile_options(jaxmoe_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall>)
-if(JAXMOE_WERROR)
-  target_compile_options(jaxmoe_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>)
-endif()
-install(TARGETS jaxmoe_cuda LIBRARY DESTINATION jaxmoe/lib)
+# One set of sources, two libraries: see jaxmoe/transport for when each is loaded.
+function(jaxmoe_cuda_library name)
+  add_library(${name} SHARED ${JAXMOE_COMMON_SOURCES} ${JAXMOE_CUDA_SOURCES} ${ARGN})
+  target_link_libraries(${name} PRIVATE jaxmoe_options)
+  # For the .cc files; nvcc itself knows where they are, wherever it was installed.
+  target_include_directories(${name} SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+  target_compile_options(${name} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall>)
+  if(JAXMOE_WERROR)
+    target_compile_options(${name} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>)
+  endif()
+  install(TARGETS ${name} LIBRARY DESTINATION jaxmoe/lib)
+endfunction()
+
+jaxmoe_cuda_library(jaxmoe_cuda)
+include(cmake/Nvshmem.cmake)
 jaxmoe_cuda_status(
-  "CUDA library built for ${CMAKE_CUDA_ARCHITECTURES} with CUDA ${CMAKE_CUDA_COMPILER_VERSION}")
+  "CUDA library built for ${CMAKE_CUDA_ARCHITECTURES} with CUDA ${CMAKE_CUDA_COMPILER_VERSION}; ${JAXMOE_NVSHMEM_STATUS}")

@@ -1,21 +1,27 @@
 #include "xla_ffi/cuda/groups.h"
 
 #include <algorithm>
-#include <map>
+#include <chrono>
+#include <iterator>
 #include <mutex>
 #include <new>
 #include <stdexcept>
+#include <thread>
 #include <utility>
 
 #include "xla_ffi/common/text.h"
 
 namespace jaxmoe::cuda {
-namespace {
 
 void Check(cudaError_t error, const std::string& what) {
   if (error == cudaSuccess) return;
   throw std::runtime_error(what + ": " + cudaGetErrorString(error));
 }
+
+namespace {
+
+constexpr const char* kOperations[] = {"jaxmoe_dispatch", "jaxmoe_combine", "jaxmoe_dispatch_grad",
+                                       "jaxmoe_combine_grad"};
 
 // Makes `device` current, and the former one again at the end.
 class CurrentDevice {
@@ -30,41 +36,26 @@ class CurrentDevice {
   int before_ = 0;
 };
 
-// A device's memory for one group.
-struct Allocation {
-  int device = 0;
+// Memory of a device, zero at first. Freed when no kernel can use it any more.
+std::shared_ptr<void> NewHeap(int device, size_t bytes) {
+  CurrentDevice current(device);
+  const std::string what =
+      Concat("heap of ", bytes >> 20, " MiB on GPU ", device,
+             " (lower max_tokens, or XLA_PYTHON_CLIENT_MEM_FRACTION to leave it more memory)");
   void* heap = nullptr;
-  ErrorRecord* error = nullptr;
-
-  Allocation(int device, size_t bytes) : device(device) {
-    CurrentDevice current(device);
-    const std::string what = "heap of " + std::to_string(bytes >> 20) + " MiB on GPU " +
-                             std::to_string(device) +
-                             " (lower max_tokens or XLA_PYTHON_CLIENT_MEM_FRACTION)";
-    Check(cudaMalloc(&heap, bytes), what);
-    Check(cudaMemset(heap, 0, bytes), what);
-    void* record = nullptr;
-    Check(cudaHostAlloc(&record, sizeof(ErrorRecord), cudaHostAllocMapped | cudaHostAllocPortable),
-          "error record");
-    error = new (record) ErrorRecord();
-    Check(cudaDeviceSynchronize(), what);
-  }
-  ~Allocation() {
+  Check(cudaMalloc(&heap, bytes), what);
+  std::shared_ptr<void> owner(heap, [device](void* p) {
     int before = 0;
     cudaGetDevice(&before);
     cudaSetDevice(device);
-    cudaDeviceSynchronize();  // a kernel may still use it
-    if (heap != nullptr) cudaFree(heap);
-    if (error != nullptr) cudaFreeHost(error);
+    cudaDeviceSynchronize();
+    cudaFree(p);
     cudaSetDevice(before);
-  }
-  Allocation(const Allocation&) = delete;
-};
-
-struct OpenGroup {
-  std::vector<std::unique_ptr<Allocation>> allocations;
-  std::map<int, std::shared_ptr<const Member>> members;  // by device
-};
+  });
+  Check(cudaMemset(heap, 0, bytes), what);
+  Check(cudaDeviceSynchronize(), what);
+  return owner;
+}
 
 struct Registry {
   std::mutex mutex;
@@ -111,31 +102,43 @@ std::shared_ptr<const Member> FindMember(int64_t uid, int device) {
   return member == group->second->members.end() ? nullptr : member->second;
 }
 
+Member NewMember(const GroupOptions& options, int device, OpenGroup* group) {
+  CurrentDevice current(device);
+  void* record = nullptr;
+  Check(cudaHostAlloc(&record, sizeof(ErrorRecord), cudaHostAllocMapped | cudaHostAllocPortable),
+        "error record");
+  group->memory.emplace_back(record, [](void* p) { cudaFreeHost(p); });
+  Member member = {};
+  member.sizes = options.sizes;
+  member.num_blocks = NumBlocks(device, options.num_sms);
+  member.peers.timeout_ns = static_cast<uint64_t>(options.timeout_seconds * 1e9);
+  member.peers.error = new (record) ErrorRecord();
+  return member;
+}
+
+void RegisterGroup(int64_t uid, std::shared_ptr<OpenGroup> group) {
+  std::lock_guard<std::mutex> lock(TheRegistry().mutex);
+  TheRegistry().groups[uid] = std::move(group);
+}
+
 void OpenPeerToPeer(const GroupOptions& options, const std::vector<std::vector<int>>& slices) {
   const size_t bytes = Layout(options.sizes).bytes;
   auto group = std::make_shared<OpenGroup>();
   for (const std::vector<int>& devices : slices) {
-    Member member = {};
-    member.sizes = options.sizes;
-    member.peers.timeout_ns = static_cast<uint64_t>(options.timeout_seconds * 1e9);
-    std::vector<Allocation*> own;
-    for (int device : devices) {
-      for (int peer : devices) EnablePeerAccess(device, peer);
-      group->allocations.push_back(std::make_unique<Allocation>(device, bytes));
-      own.push_back(group->allocations.back().get());
+    Peers slice = {};
+    for (size_t rank = 0; rank < devices.size(); ++rank) {
+      for (int peer : devices) EnablePeerAccess(devices[rank], peer);
+      group->memory.push_back(NewHeap(devices[rank], bytes));
+      slice.heap[rank] = static_cast<char*>(group->memory.back().get());
     }
     for (size_t rank = 0; rank < devices.size(); ++rank) {
-      member.peers.heap[rank] = static_cast<char*>(own[rank]->heap);
-    }
-    for (size_t rank = 0; rank < devices.size(); ++rank) {
+      Member member = NewMember(options, devices[rank], group.get());
+      std::copy(std::begin(slice.heap), std::end(slice.heap), member.peers.heap);
       member.peers.rank = static_cast<int>(rank);
-      member.peers.error = own[rank]->error;
-      member.num_blocks = NumBlocks(devices[rank], options.num_sms);
       group->members[devices[rank]] = std::make_shared<Member>(member);
     }
   }
-  std::lock_guard<std::mutex> lock(TheRegistry().mutex);
-  TheRegistry().groups[options.uid] = std::move(group);
+  RegisterGroup(options.uid, std::move(group));
 }
 
 void CloseGroup(int64_t uid) {
@@ -147,24 +150,75 @@ void CloseGroup(int64_t uid) {
   TheRegistry().groups.erase(found);
 }
 
+namespace {
+
+// What the lower half of a header says.
+std::string DescribeHeader(uint64_t header) {
+  return Concat(kOperations[header >> kHeaderOperationShift & 3], " [",
+                Hex(header & ((1u << kHeaderOperationShift) - 1)), "]");
+}
+
+std::string FirstError(const OpenGroup& group) {
+  for (const auto& [device, member] : group.members) {
+    std::string error = DescribeError(*member);
+    if (!error.empty()) return error;
+  }
+  return "";
+}
+
+}  // namespace
+
 std::string DescribeError(const Member& member) {
   const volatile ErrorRecord& e = *member.peers.error;
   if (!e.set) return "";
-  static constexpr const char* kOperations[] = {"jaxmoe_dispatch", "jaxmoe_combine",
-                                                "jaxmoe_dispatch_grad", "jaxmoe_combine_grad"};
   static constexpr const char* kPhases[] = {"the peer's call", "the peer's choices",
                                             "the peer's rows", "its own blocks"};
   const std::string call = Concat(kOperations[e.operation & 3], " on device ", e.rank, ": ");
   const std::string end =
       Concat("; call ", e.epoch, " of the group. The group cannot be used any more.");
-  if (e.phase == kPhaseHeader && e.seen != 0 && e.expected != e.seen) {
-    return Concat(call, "device ", e.peer, " is in another call (expected ", Hex(e.expected),
-                  ", seen ", Hex(e.seen),
-                  "). All devices must run the same program, with their calls in the same order",
+  if (e.phase == kPhaseHeader && e.wrong) {
+    return Concat(call, "device ", e.peer, " is in another call: expected ",
+                  DescribeHeader(e.expected), ", seen ", DescribeHeader(e.seen),
+                  " (the number stands for the call's site= and its number of tokens). All devices "
+                  "must run the same program, with their calls in the same order",
                   end);
   }
-  return Concat(call, "timed out waiting for ", kPhases[e.phase & 3], " (device ", e.peer,
-                "): expected ", e.expected, ", seen ", e.seen, end);
+  return Concat(call, "timed out after ", member.peers.timeout_ns * 1e-9, " s waiting for ",
+                kPhases[e.phase & 3], " (device ", e.peer, "): expected ", e.expected, ", seen ",
+                e.seen, end);
+}
+
+std::string RaiseGroupError(int64_t uid) {
+  std::lock_guard<std::mutex> lock(TheRegistry().mutex);
+  auto found = TheRegistry().groups.find(uid);
+  if (found == TheRegistry().groups.end()) return "";
+  std::string error = FirstError(*found->second);
+  if (!error.empty()) found->second->raised = true;
+  return error;
+}
+
+Failure WaitFailure(double seconds) {
+  const auto until = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
+  do {
+    {
+      std::lock_guard<std::mutex> lock(TheRegistry().mutex);
+      for (auto& [uid, group] : TheRegistry().groups) {
+        if (group->announced) continue;
+        const std::string error = FirstError(*group);
+        if (error.empty()) continue;
+        group->announced = true;
+        return {uid, error};
+      }
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  } while (std::chrono::steady_clock::now() < until);
+  return {};
+}
+
+bool WasRaised(int64_t uid) {
+  std::lock_guard<std::mutex> lock(TheRegistry().mutex);
+  auto found = TheRegistry().groups.find(uid);
+  return found == TheRegistry().groups.end() || found->second->raised;
 }
 
 }  // namespace jaxmoe::cuda

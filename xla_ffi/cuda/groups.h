@@ -4,7 +4,9 @@
 #ifndef JAXMOE_XLA_FFI_CUDA_GROUPS_H_
 #define JAXMOE_XLA_FFI_CUDA_GROUPS_H_
 
+#include <atomic>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -29,17 +31,46 @@ struct GroupOptions {
   int num_sms;  // 0: all
 };
 
-// Null if the group was closed or `device` is not in it. Called while XLA enqueues: no CUDA call.
-std::shared_ptr<const Member> FindMember(int64_t uid, int device);
+// A group as this process holds it.
+struct OpenGroup {
+  ~OpenGroup() {
+    for (std::shared_ptr<void>& piece : memory) piece.reset();
+  }
+  std::vector<std::shared_ptr<void>> memory;             // freed with the group, in this order
+  std::map<int, std::shared_ptr<const Member>> members;  // by device
+  bool announced = false;                                // its failure, to WaitFailure's caller
+  std::atomic<bool> raised{false};                       // its failure, by a handler
+};
 
-// Opens a group whose devices all belong to this process: `slices[i][rank]` is a device. Throws
-// std::runtime_error with a sentence for the user.
+// Opens a group whose devices all belong to this process: `slices[i][rank]` is a device. This and
+// what follows throw std::runtime_error with a sentence for the user.
 void OpenPeerToPeer(const GroupOptions& options, const std::vector<std::vector<int>>& slices);
+
+// For those that open groups.
+void RegisterGroup(int64_t uid, std::shared_ptr<OpenGroup> group);
+// A member with everything but the heaps and its rank; its error record goes to `group`.
+Member NewMember(const GroupOptions& options, int device, OpenGroup* group);
+void Check(cudaError_t error, const std::string& what);
 
 void CloseGroup(int64_t uid);
 
-// What the device recorded, as a sentence; empty if nothing went wrong.
+// Null if the group was closed or `device` is not in it. Called while XLA enqueues: no CUDA call.
+std::shared_ptr<const Member> FindMember(int64_t uid, int device);
+
+// What the member's device recorded, as a sentence; empty if nothing went wrong.
 std::string DescribeError(const Member& member);
+
+// The same of any member of the group in this process; the caller raises it.
+std::string RaiseGroupError(int64_t uid);
+
+struct Failure {
+  int64_t uid = 0;
+  std::string message;  // empty: none
+};
+// The failure of a group that was not returned before; waits for one for some seconds.
+Failure WaitFailure(double seconds);
+// Whether a handler has raised the group's failure, or the group is closed.
+bool WasRaised(int64_t uid);
 
 }  // namespace jaxmoe::cuda
 

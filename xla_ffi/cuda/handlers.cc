@@ -3,6 +3,7 @@
 #include <cstring>
 #include <exception>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -49,7 +50,8 @@ ffi::ErrorOr<std::shared_ptr<const Member>> MemberOf(const Config& config, int32
                                       "ExpertParallel alive as long as "
                                       "programs compiled with it run."));
   }
-  const std::string error = DescribeError(*member);
+  // Of any device of this process: its peers would wait for it in vain.
+  const std::string error = RaiseGroupError(config.group);
   if (!error.empty()) return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kDeadlineExceeded, error));
   return member;
 }
@@ -245,3 +247,15 @@ JAXMOE_EXPORT int jaxmoe_cuda_open_p2p(int64_t uid, const jaxmoe::cuda::GroupSiz
 }
 
 JAXMOE_EXPORT void jaxmoe_cuda_close(int64_t uid) { jaxmoe::cuda::CloseGroup(uid); }
+
+// Waits for the failure of a group. 1 with its message and uid, which is given once; 0 when the
+// time is up.
+JAXMOE_EXPORT int jaxmoe_cuda_wait_failure(double seconds, int64_t* uid, char* message, int size) {
+  const jaxmoe::cuda::Failure failure = jaxmoe::cuda::WaitFailure(seconds);
+  if (failure.message.empty()) return 0;
+  *uid = failure.uid;
+  return jaxmoe::cuda::Report(std::runtime_error(failure.message), message, size);
+}
+
+// 1 once a custom call has raised the failure.
+JAXMOE_EXPORT int jaxmoe_cuda_was_raised(int64_t uid) { return jaxmoe::cuda::WasRaised(uid); }

@@ -15,7 +15,9 @@ enum class RowType { kBf16, kF16, kF32 };
 
 // What a kernel knows of its group; passed by value.
 struct Peers {
-  char* heap[kMaxDevices];  // [R] base of each device's heap, reachable by plain stores
+  char* heap[kMaxDevices];  // [R] base of each device's heap; null if plain stores do not reach it
+  int pe[kMaxDevices];      // [R] number of its process in the NVSHMEM world
+  int puts;                 // 1 if a heap is null
   int rank;
   uint64_t timeout_ns;
   ErrorRecord* error;

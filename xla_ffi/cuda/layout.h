@@ -2,7 +2,8 @@
 //
 // Every device of a group has a heap of the same layout. "[s]" below is indexed by the device that
 // writes, so that no two devices ever write the same word. Data regions exist twice; a call uses
-// the half that its epoch's parity picks (see protocol.cuh for why that suffices).
+// the half that its epoch's parity picks (see protocol.cuh for why that suffices). A device's own
+// slot [rank] receives nothing; from there it puts what plain stores cannot bring to a peer.
 
 #ifndef JAXMOE_XLA_FFI_CUDA_LAYOUT_H_
 #define JAXMOE_XLA_FFI_CUDA_LAYOUT_H_
@@ -31,6 +32,8 @@ constexpr int kMetaParts = 16;
 constexpr int kMaxDevices = 72;
 // Most blocks of a kernel; sizes the scratch for their counts.
 constexpr int kMaxBlocks = 160;
+// Most warp teams of a block that send partial sums; sizes the staging area.
+constexpr int kMaxTeams = 2;
 // Most experts of a device: their counts must fit the shared memory of the plan.
 constexpr int kMaxLocalExperts = 2048;
 
@@ -40,6 +43,7 @@ struct GroupSizes {
   int max_tokens;         // most T of a call
   int top_k;              // K
   int row_bytes;          // of a token; a multiple of 16
+  int puts;               // 1 if some peer is out of reach of plain stores: partial sums are staged
 };
 
 struct Layout {
@@ -52,9 +56,10 @@ struct Layout {
   size_t ids;           // [2][R][max_tokens * K] int32
   size_t weights;       // [2][R][max_tokens * K] float32
   size_t rows;          // [2][R][max_tokens] rows
+  size_t staging;       // [kMaxBlocks][kMaxTeams] chunks that are put; local
   size_t bytes;         // of the whole heap
 
-  int num_devices, chunks, choices, row_bytes, max_tokens;
+  int num_devices, chunks, choices, row_bytes, max_tokens, top_k;
 
   JAXMOE_HOST_DEVICE static size_t Align(size_t n) { return (n + 255) / 256 * 256; }
 
@@ -63,7 +68,8 @@ struct Layout {
         chunks((g.max_tokens + kSumChunkTokens - 1) / kSumChunkTokens),
         choices(g.max_tokens * g.top_k),
         row_bytes(g.row_bytes),
-        max_tokens(g.max_tokens) {
+        max_tokens(g.max_tokens),
+        top_k(g.top_k) {
     const size_t r = g.num_devices;
     size_t end = 0;
     auto region = [&end](size_t n) {
@@ -79,7 +85,19 @@ struct Layout {
     ids = region(2 * r * choices * 4);
     weights = region(2 * r * choices * 4);
     rows = region(2 * r * size_t(max_tokens) * row_bytes);
+    staging = region(g.puts ? size_t{kMaxBlocks} * kMaxTeams * StagingBytes() : 0);
     bytes = end;
+  }
+
+  // A chunk of partial sums, and behind them the values of its choices.
+  JAXMOE_HOST_DEVICE size_t StagingBytes() const {
+    return Align(size_t(kSumChunkTokens) * (row_bytes + top_k * 4));
+  }
+  JAXMOE_HOST_DEVICE size_t StagedRow(int block, int team, int i) const {
+    return staging + (size_t(block) * kMaxTeams + team) * StagingBytes() + size_t(i) * row_bytes;
+  }
+  JAXMOE_HOST_DEVICE size_t StagedValues(int block, int team, int i) const {
+    return StagedRow(block, team, kSumChunkTokens) + size_t(i) * top_k * 4;
   }
 
   // Byte offsets of what device s writes in the half `parity`.
@@ -110,12 +128,15 @@ struct ErrorRecord {
   int32_t rank;
   int32_t peer;
   int32_t phase;  // a Phase
+  int32_t wrong;  // 1: what was seen is another call, not an early state of this one
   uint64_t epoch;
   uint64_t expected;
   uint64_t seen;
 };
 
 enum Operation : int32_t { kDispatch, kCombine, kDispatchGrad, kCombineGrad };
+// A header holds the operation above this many bits of its lower half.
+constexpr int kHeaderOperationShift = 30;
 enum Phase : int32_t { kPhaseHeader = 0, kPhaseMeta = 1, kPhaseRows = 2, kPhaseGrid = 3 };
 
 // First region of the heap; only its own device touches it.

@@ -16,6 +16,12 @@
 // system scope that follows a barrier of all threads that wrote the data. Who reads: any thread of
 // the destination, by an acquiring load at system scope, before it reads the data. Data that peers
 // write is read past the first-level cache (__ldcg), which no other device's store invalidates.
+//
+// Peers out of reach of plain stores (Peers::heap null; kernels with kPuts only). The source writes
+// into its own heap, at the place that is its own at the peer, and puts that place; staged partial
+// sums are put from the staging area. The order is the same: all threads that put, a barrier, one
+// thread's fence, the flag. The two halves cover the sources of puts as well: a peer that has
+// flagged the next call has received this one's. Staging areas are reused earlier, after a quiet.
 
 #ifndef JAXMOE_XLA_FFI_CUDA_PROTOCOL_CUH_
 #define JAXMOE_XLA_FFI_CUDA_PROTOCOL_CUH_
@@ -23,6 +29,14 @@
 #include "xla_ffi/cuda/launch.h"
 
 namespace jaxmoe::cuda {
+
+// For peers that are reached through NVSHMEM; xla_ffi/nvshmem/puts.cu. Places are in the own heap.
+// A warp together: starts to copy `bytes` from `source` to `place` at process `pe`.
+__device__ void PutWarp(void* place, const void* source, size_t bytes, int pe);
+// One thread: what its block put before a barrier arrives before this flag.
+__device__ void PutFlag(uint64_t* place, uint64_t value, int pe);
+// One thread: until all that was put before has been read.
+__device__ void Quiet();
 
 __device__ __forceinline__ uint64_t LoadAcquire(const uint64_t* word) {
   uint64_t value;
@@ -62,18 +76,39 @@ struct Call {
   }
   __device__ char* heap(int device) const { return peers.heap[device]; }
   __device__ char* own() const { return peers.heap[peers.rank]; }
+  // Whether plain stores reach a device. Without kPuts they reach all.
+  template <bool kPuts>
+  __device__ bool Reaches(int device) const {
+    return !kPuts || peers.heap[device] != nullptr;
+  }
+  // Where to write what is for `device`: there, or where it is put from.
+  template <bool kPuts>
+  __device__ char* Outbox(int device) const {
+    return Reaches<kPuts>(device) ? peers.heap[device] : own();
+  }
+  // Sets a flag at `device`, after a fence.
+  template <bool kPuts>
+  __device__ void SetFlag(int device, size_t at, uint64_t value) const {
+    if (Reaches<kPuts>(device)) {
+      StoreRelaxed(reinterpret_cast<uint64_t*>(peers.heap[device] + at), value);
+    } else if constexpr (kPuts) {
+      PutFlag(reinterpret_cast<uint64_t*>(own() + at), value, peers.pe[device]);
+    }
+  }
   __device__ bool failed() const {
     return *reinterpret_cast<volatile uint32_t*>(&control()->failed) != 0;
   }
 
   // The first failure of the group is kept; later ones only end their waits.
-  __device__ void Fail(int peer, Phase phase, uint64_t expected, uint64_t seen) const {
+  __device__ void Fail(int peer, Phase phase, uint64_t expected, uint64_t seen,
+                       bool wrong = false) const {
     if (atomicExch(&control()->failed, 1u) != 0) return;
     volatile ErrorRecord* e = peers.error;
     e->operation = operation;
     e->rank = peers.rank;
     e->peer = peer;
     e->phase = phase;
+    e->wrong = wrong;
     e->epoch = epoch;
     e->expected = expected;
     e->seen = seen;
@@ -166,17 +201,19 @@ __device__ inline bool GridBarrier(const Call& call, const Crew& crew, bool ok) 
 
 // What a call is, in 32 bits: devices in different calls must not exchange rows.
 __device__ inline uint32_t HeaderHash(const Call& call, int num_tokens, uint32_t site) {
-  return (site * 2654435761u) ^ (uint32_t(num_tokens) << 4) ^ uint32_t(call.operation);
+  const uint32_t hash = (site ^ uint32_t(num_tokens) << 16) * 2654435761u ^ uint32_t(num_tokens);
+  return uint32_t(call.operation) << kHeaderOperationShift |
+         (hash & ((1u << kHeaderOperationShift) - 1));
 }
 
 // The first warp of the first block tells every peer which call this is, and checks theirs.
+template <bool kPuts = false>
 __device__ inline void ExchangeHeaders(const Call& call, int num_devices, uint32_t hash) {
   if (blockIdx.x != 0 || threadIdx.x >= 32) return;
   for (int peer = threadIdx.x; peer < num_devices; peer += 32) {
     if (peer == call.peers.rank) continue;
-    StoreRelaxed(reinterpret_cast<uint64_t*>(call.heap(peer) +
-                                             call.layout.Header(call.parity, call.peers.rank)),
-                 call.epoch << 32 | hash);
+    call.SetFlag<kPuts>(peer, call.layout.Header(call.parity, call.peers.rank),
+                        call.epoch << 32 | hash);
   }
   for (int peer = threadIdx.x; peer < num_devices; peer += 32) {
     if (peer == call.peers.rank) continue;
@@ -184,21 +221,47 @@ __device__ inline void ExchangeHeaders(const Call& call, int num_devices, uint32
     const uint64_t header = call.Wait(
         reinterpret_cast<const uint64_t*>(call.own() + call.layout.Header(call.parity, peer)), 32,
         call.epoch & 0xffffffff, peer, kPhaseHeader, &ok);
-    if (ok && uint32_t(header) != hash) call.Fail(peer, kPhaseHeader, hash, uint32_t(header));
+    if (ok && uint32_t(header) != hash) {
+      call.Fail(peer, kPhaseHeader, hash, uint32_t(header), true);
+    }
   }
   __syncwarp();
 }
 
-// The end of a call, by all threads of a block: the last block advances the epoch.
-__device__ __forceinline__ void EndCall(const Call& call) {
+// The end of a call, by all threads of a block: the last block advances the epoch. If the call has
+// failed, that block calls `poison` first, so that nobody takes half a result for a whole one.
+template <typename Poison>
+__device__ __forceinline__ void EndCall(const Call& call, Poison poison) {
+  __shared__ bool last;
   __syncthreads();
-  if (threadIdx.x != 0) return;
   Control* control = call.control();
-  __threadfence();
-  if (atomicAdd(&control->blocks_finished, 1u) + 1 != gridDim.x) return;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(&control->blocks_finished, 1u) + 1 == gridDim.x;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!last) return;
+  if (call.failed()) poison();
+  if (threadIdx.x != 0) return;
   control->blocks_finished = 0;
-  __threadfence();
   control->epoch = call.epoch;
+}
+
+__device__ __forceinline__ void EndCall(const Call& call) {
+  EndCall(call, [] {});
+}
+
+// Fills an array with one value, by all threads of a block; null is none.
+template <typename T>
+__device__ void FillArray(T* array, size_t n, T value) {
+  if (array == nullptr) return;
+  for (size_t i = threadIdx.x; i < n; i += blockDim.x) array[i] = value;
+}
+
+// Rows of NaN, whatever their type, by all threads of a block.
+__device__ inline void PoisonRows(char* rows, size_t num_rows, int row_bytes) {
+  FillArray(reinterpret_cast<uint32_t*>(rows), num_rows * (row_bytes / 4), ~0u);
 }
 
 }  // namespace jaxmoe::cuda

@@ -1,0 +1,82 @@
+"""`transport="nvshmem"` on GPUs: one process per GPU, and several processes that share one.
+
+Sharing a GPU is for correctness only: the processes take turns, a few milliseconds each.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+
+import processes
+import pytest
+
+pytestmark = [pytest.mark.gpu, pytest.mark.multiprocess, pytest.mark.timeout(300)]
+
+TWO = ("two_devices-zipf", "two_devices_f16-zipf", "all_experts-uniform", "all_devices-zipf")
+FOUR = ("large_drops-uniform", "plain-masked", "tuple-zipf", "all_devices_large-uniform")
+EIGHT = ("large-zipf", "eight_devices-one_expert", "data_expert-masked", "all_devices-uniform")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def num_gpus() -> int:
+    """The GPUs of this machine; skips without any, fails where more are required."""
+    # The processes of a launch need the memory: JAX must not take it here.
+    listed = subprocess.run("nvidia-smi -L", shell=True, capture_output=True, text=True).stdout
+    count, wanted = listed.count("UUID: GPU"), int(os.environ.get("JAXMOE_REQUIRE_GPUS", "0"))
+    if count < wanted:
+        pytest.fail(f"JAXMOE_REQUIRE_GPUS={wanted}, but nvidia-smi lists {count} GPUs")
+    if count == 0:
+        pytest.skip("needs a GPU, nvidia-smi lists none")
+    return count
+
+
+def launch(num_gpus: int, worker: str, num: int, *args: str, **variables: str) -> processes.Launch:
+    gpus = [rank % num_gpus for rank in range(num)]
+    shared = {"JAXMOE_TEST_SHARED_GPUS": "1"} if num > num_gpus else {}
+    environment = {"JAXMOE_TEST_TRANSPORT": "nvshmem"} | shared | variables
+    return processes.Launch(worker, num, 1, *args, gpus=gpus, environment=environment)
+
+
+def run(*args: object, **variables: str) -> list[str]:
+    with launch(*args, **variables) as started:  # type: ignore[arg-type]
+        started.wait(240)
+        return started.check()
+
+
+@pytest.mark.parametrize("puts", ["", "1"], ids=["stores", "puts"])
+@pytest.mark.parametrize("num, names", [(2, TWO), (4, FOUR), (8, EIGHT)], ids=["EP2", "EP4", "EP8"])
+def test_exchanges(num_gpus: int, num: int, names: tuple[str, ...], puts: str):
+    logs = run(num_gpus, "exchanges", num, *names, JAXMOE_NVSHMEM_PUTS=puts)
+    assert all(f"process {rank} is done" in log for rank, log in enumerate(logs))
+
+
+@pytest.mark.parametrize("puts", ["", "1"], ids=["stores", "puts"])
+def test_stress(num_gpus: int, puts: str):
+    """20,000 pairs with random delays on each process: the bits of transport "xla"."""
+    logs = run(num_gpus, "stress", 2, "20000", JAXMOE_NVSHMEM_PUTS=puts)
+    assert all("20000 pairs, the same bits" in log for log in logs)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--xla_gpu_enable_command_buffer=",
+        "--xla_gpu_enable_command_buffer=FUSION,CUSTOM_CALL,WHILE,DYNAMIC_SLICE_FUSION "
+        "--xla_gpu_graph_min_graph_size=1",
+    ],
+    ids=["no_command_buffers", "loops_in_command_buffers"],
+)
+def test_command_buffers(num_gpus: int, flags: str):
+    logs = run(num_gpus, "stress", 2, "2000", XLA_FLAGS=flags)
+    assert all("2000 pairs, the same bits" in log for log in logs)
+
+
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_a_lost_process_is_named_in_time(num_gpus: int, how: str):
+    with launch(num_gpus, "lost_gpu_peer", 2, how) as started:
+        started.wait(100, ranks=[0])
+        started.kill([1])
+        logs = started.check({1: -signal.SIGKILL})
+    assert logs[0].endswith("closed\n")
