@@ -118,9 +118,9 @@ def combine_grad(
     """Custom call for `reference.combine_grad`."""
     if d_y.shape[0] == 0:
         return reference.combine_grad(group, site, d_y, expert_rows, row_weights, plan)
-    operands: tuple[jax.Array, ...] = (d_y, expert_rows, row_weights, plan.row_source)
-    if group.transport != "cpu":  # which goes by the rows and not by the tokens
-        operands += (plan.row_map, plan.choice_device, plan.num_rows)
+    # Hosts go by the rows and read row_source, GPUs by the tokens and read the others.
+    places = (plan.row_source, plan.row_map, plan.choice_device, plan.num_rows)
+    operands = (d_y, expert_rows, row_weights, *places)
     outputs = ((expert_rows.shape, expert_rows.dtype), (row_weights.shape, F32))
     d_rows, d_row_weights = _call("jaxmoe_combine_grad", group, site, operands, outputs)
     return d_rows, d_row_weights

@@ -20,6 +20,7 @@ from flax import nnx
 
 import jaxmoe
 from jaxmoe import _ffi
+from jaxmoe.transport import cuda
 
 CONFIG_HEADER = Path(__file__).resolve().parent.parent / "xla_ffi/common/config.h"
 # Collectives that move rows or shards. all-reduce is not one: gradients of replicated parameters
@@ -129,3 +130,11 @@ def test_configuration_stands_in_two_places_alike():
     assert sent
     for attribute in sent:
         assert set(re.findall(r"(\w+) = ", attribute)) == set(_ffi.CONFIG_FIELDS)
+
+
+def test_sizes_of_a_heap_cross_as_the_header_has_them():
+    header = (CONFIG_HEADER.parent.parent / "cuda/layout.h").read_text()
+    struct = re.search(r"struct GroupSizes \{(.*?)\};", header, re.DOTALL)
+    assert struct
+    members = re.findall(r"^  int (\w+);", struct[1], re.MULTILINE)
+    assert members == [name for name, _ in cuda.GroupSizes._fields_]
