@@ -71,12 +71,11 @@ class Launch:
                 "PYTHONPATH": os.pathsep.join(p for p in paths if p),
             }
             if gpus:
-                # The test process itself may hold half of the memory.
-                gpu, fraction = gpus[rank], 0.3 / gpus.count(gpus[rank])
+                gpu = gpus[rank]
                 variables |= {
                     "JAXMOE_TEST_GPU": "" if gpu is None else str(gpu),
                     "XLA_FLAGS": "",
-                    "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{fraction:.3f}",
+                    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several may share the memory
                 }
             else:
                 variables |= {

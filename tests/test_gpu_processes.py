@@ -18,8 +18,8 @@ import pytest
 pytestmark = [pytest.mark.gpu, pytest.mark.multiprocess, pytest.mark.timeout(300)]
 
 TWO = ("two_devices-zipf", "two_devices_f16-zipf", "all_experts-uniform", "all_devices-zipf")
-FOUR = ("large_drops-uniform", "plain-masked", "tuple-zipf", "all_devices_large-uniform")
-EIGHT = ("large-zipf", "eight_devices-one_expert", "data_expert-masked", "all_devices-uniform")
+FOUR = ("large_drops-uniform", "plain-masked", "all_devices_large-uniform")
+EIGHT = ("large-zipf", "eight_devices-one_expert", "tuple-zipf", "all_devices-uniform")
 
 
 @pytest.fixture(scope="module", autouse=True)
