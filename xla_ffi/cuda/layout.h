@@ -146,6 +146,9 @@ struct Control {
   uint32_t blocks_finished;  // of the call in progress; the last block resets it
   uint32_t barrier_arrived;  // of the grid barrier; the last one resets it
   uint32_t barrier_phase;    // number of grid barriers passed, ever
+  uint32_t num_invalid;      // choices of the plan in progress; the plan resets it
+  uint32_t tickets;          // drawn in the call in progress; the last block resets it
+  uint64_t planned;          // the latest epoch whose plan is complete
 };
 
 }  // namespace jaxmoe::cuda

@@ -245,6 +245,7 @@ __device__ __forceinline__ void EndCall(const Call& call, Poison poison) {
   if (call.failed()) poison();
   if (threadIdx.x != 0) return;
   control->blocks_finished = 0;
+  control->tickets = 0;
   control->epoch = call.epoch;
 }
 
