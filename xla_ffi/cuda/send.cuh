@@ -14,8 +14,6 @@ constexpr int kCopyThreads = kCopyWarps * 32;
 // Each warp moves rows in parts of this size through buffers of its own.
 constexpr int kCopyBytes = 3584;
 constexpr int kCopyBuffers = 3;
-// Chunks that a block sends at a time.
-constexpr int kChunksAtOnce = kCopyWarps / kChunkTokens;
 constexpr int kSendBarrier = 2;  // and the next ones
 using CopyRing = BulkRing<kCopyBuffers, kCopyBytes>;
 
@@ -92,25 +90,34 @@ __device__ void SendToken(const Call& call, const Sizes& sizes, const DispatchAr
           [&](int i) { return call.heap(__shfl_sync(~0u, device, i)) + at; });
 }
 
-// A chunk goes through as many warps of one block as it has tokens, so that chunks arrive early and
-// nearly in order.
+// How many warps of a block share a chunk. Many senders: as many as it has tokens, so that chunks
+// arrive early and nearly in order. Few senders: one, which has all of its tokens under way before
+// it waits, or the wire is never full.
+__device__ inline int WarpsPerChunk(int num_senders) {
+  constexpr int kFewSenders = 8;
+  return num_senders > kFewSenders ? kChunkTokens : 1;
+}
+
 template <bool kPlan>
 __device__ void SendTokens(const Call& call, const Sizes& sizes, const DispatchArgs& args,
                            CopyRing& ring, int sender, int num_senders) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int slot = warp / kChunkTokens;
+  const int share = WarpsPerChunk(num_senders);
+  const int slot = warp / share, chunks_at_once = kCopyWarps / share;
   const int chunks = (sizes.num_tokens + kChunkTokens - 1) / kChunkTokens;
   for (int chunk = sender + num_senders * slot; chunk < chunks;
-       chunk += num_senders * kChunksAtOnce) {
-    const int token = chunk * kChunkTokens + warp % kChunkTokens;
-    if (token < sizes.num_tokens) SendToken<kPlan>(call, sizes, args, ring, token);
+       chunk += num_senders * chunks_at_once) {
+    const int end = min((chunk + 1) * kChunkTokens, sizes.num_tokens);
+    for (int token = chunk * kChunkTokens + warp % share; token < end; token += share) {
+      SendToken<kPlan>(call, sizes, args, ring, token);
+    }
     if (lane == 0) {
       WaitWritten();
       FenceBulk();
     }
     __syncwarp();
-    BlockBarrier(kSendBarrier + slot, kChunkTokens * 32);
-    if (warp % kChunkTokens != 0) continue;
+    if (share > 1) BlockBarrier(kSendBarrier + slot, share * 32);
+    if (warp % share != 0) continue;
     FenceSystem();
     for (int peer = lane; peer < sizes.num_devices; peer += 32) {
       if (peer == call.peers.rank) continue;
