@@ -17,6 +17,7 @@ import pytest
 
 pytestmark = [pytest.mark.gpu, pytest.mark.multiprocess, pytest.mark.timeout(300)]
 
+SECONDS = float(os.environ.get("JAXMOE_TEST_SECONDS", "240"))  # that a launch may take
 TWO = ("two_devices-zipf", "two_devices_f16-zipf", "all_experts-uniform", "all_devices-zipf")
 FOUR = ("large_drops-uniform", "plain-masked", "all_devices_large-uniform")
 EIGHT = ("large-zipf", "eight_devices-one_expert", "tuple-zipf", "all_devices-uniform")
@@ -49,7 +50,7 @@ def launch(num_gpus: int, worker: str, num: int, *args: str, **variables: str) -
 
 def run(*args: Any, **variables: str) -> list[str]:
     with launch(*args, **variables) as started:
-        started.wait(240)
+        started.wait(SECONDS)
         return started.check()
 
 
@@ -96,7 +97,7 @@ def test_compute_sanitizer(num_gpus: int, tool: str):
     prefix = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
     prefix += ["--kernel-name", "kernel_substring=jaxmoe", "--print-limit", "5"]
     with launch(num_gpus, "sanitized", 1, PREFIX=" ".join(prefix)) as started:
-        started.wait(240)
+        started.wait(SECONDS)
         (log,) = started.check()
     assert "all operations ran" in log
     assert "ERROR SUMMARY: 0 errors" in log or "RACECHECK SUMMARY: 0 hazards" in log

@@ -104,13 +104,36 @@ __device__ void StorePiece(char* row, int row_bytes, int piece, const Sum<T, kVe
   }
 }
 
+// Where a sender writes a token's partial sum, and the values of its choices: at the peer, or where
+// they are put from.
+template <bool kPuts>
+__device__ char* SumPlace(const Context& c, const Unit& unit) {
+  const Layout& layout = c.call.layout;
+  if (c.call.Reaches<kPuts>(unit.peer)) {
+    return c.call.heap(unit.peer) + layout.Row(c.call.parity, c.call.peers.rank, unit.token);
+  }
+  return c.call.own() +
+         layout.StagedRow(blockIdx.x, unit.chunk % kChunkSlots, unit.token % kSumChunkTokens);
+}
+template <bool kPuts>
+__device__ float* ValuesPlace(const Context& c, const Unit& unit) {
+  const Layout& layout = c.call.layout;
+  if (c.call.Reaches<kPuts>(unit.peer)) {
+    return reinterpret_cast<float*>(c.call.heap(unit.peer) +
+                                    layout.Weights(c.call.parity, c.call.peers.rank)) +
+           unit.token * c.sizes.top_k;
+  }
+  return reinterpret_cast<float*>(c.call.own() + layout.StagedValues(blockIdx.x,
+                                                                     unit.chunk % kChunkSlots,
+                                                                     unit.token % kSumChunkTokens));
+}
+
 // The values of a token's choices, for the device that made them.
+template <bool kPuts>
 __device__ void SendValues(const Context& c, const Unit& unit) {
   const int lane = threadIdx.x % 32;
   if (lane >= c.sizes.top_k || unit.token >= c.sizes.num_tokens) return;
-  auto* values = reinterpret_cast<float*>(c.call.heap(unit.peer) +
-                                          c.call.layout.Weights(c.call.parity, c.call.peers.rank));
-  values[unit.token * c.sizes.top_k + lane] = unit.row >= 0 ? c.args.row_values[unit.row] : 0.0f;
+  ValuesPlace<kPuts>(c, unit)[lane] = unit.row >= 0 ? c.args.row_values[unit.row] : 0.0f;
 }
 
 // A choice's value, from the device that was asked.
@@ -133,7 +156,7 @@ __device__ void CollectValues(const Context& c, int token) {
 
 // Works through a schedule: the loads run ahead into the next unit, whose rows are known, and the
 // row map of the one after that is on its way.
-template <typename T, int kVectors, bool kSend, typename Schedule>
+template <typename T, int kVectors, bool kSend, bool kPuts, typename Schedule>
 __device__ void RunUnits(const Context& c, Schedule& schedule, typename Piece<kVectors>::Ring& ring,
                          RowList* lists, ChunkSlots* slots) {
   const Sizes& sizes = c.sizes;
@@ -174,15 +197,14 @@ __device__ void RunUnits(const Context& c, Schedule& schedule, typename Piece<kV
           stream.Fill(complete);
         }
       }
-      char* to = kSend ? c.call.heap(unit.peer) +
-                             c.call.layout.Row(c.call.parity, c.call.peers.rank, unit.token)
-                       : c.args.tokens + size_t(unit.token) * sizes.row_bytes;
+      char* to =
+          kSend ? SumPlace<kPuts>(c, unit) : c.args.tokens + size_t(unit.token) * sizes.row_bytes;
       StorePiece<T, kVectors, !kSend>(to, sizes.row_bytes, piece, sum);
     }
     if (!ok) break;
     if (c.args.row_values != nullptr && unit.begin == 0) {
       if constexpr (kSend) {
-        SendValues(c, unit);
+        SendValues<kPuts>(c, unit);
       } else {
         CollectValues(c, unit.token);
       }
@@ -198,7 +220,7 @@ template <int kVectors>
 constexpr int kSharedBytes =
     kSumWarps * (Piece<kVectors>::Ring::kSharedBytes + 2 * int{sizeof(RowList)});
 
-template <typename T, int kVectors>
+template <typename T, int kVectors, bool kPuts>
 __global__ __launch_bounds__(kSumThreads,
                              1) void CombineKernel(const __grid_constant__ Peers peers,
                                                    const __grid_constant__ Layout layout,
@@ -217,36 +239,39 @@ __global__ __launch_bounds__(kSumThreads,
   if (!call.failed()) {
     const int num_finishers = gridDim.x - num_senders;
     const int pieces = Piece<kVectors>::NumOf(sizes.row_bytes);
-    ExchangeHeaders(call, sizes.num_devices, HeaderHash(call, sizes.num_tokens, args.site));
+    ExchangeHeaders<kPuts>(call, sizes.num_devices, HeaderHash(call, sizes.num_tokens, args.site));
     if (blockIdx.x >= num_finishers) {
       const Context context(call, sizes, args, pieces, 1);
       SendSchedule schedule(context, blockIdx.x - num_finishers, num_senders);
       slots.Init(schedule.units_per_chunk());
       __syncthreads();
       if (warp < kSendingWarps) {
-        RunUnits<T, kVectors, true>(context, schedule, ring, lists, &slots);
+        RunUnits<T, kVectors, true, kPuts>(context, schedule, ring, lists, &slots);
       } else {
-        Announce(context, schedule, &slots);
+        Announce<kPuts>(context, schedule, &slots);
       }
     }
     const Context context(call, sizes, args, pieces,
                           PiecesPerUnit(sizes.num_tokens, pieces, gridDim.x * kSumWarps));
     FinishSchedule schedule(context);
-    RunUnits<T, kVectors, false>(context, schedule, ring, lists, &slots);
+    RunUnits<T, kVectors, false, kPuts>(context, schedule, ring, lists, &slots);
   }
-  EndCall(call);
+  EndCall(call, [&] {
+    PoisonRows(args.tokens, sizes.num_tokens, sizes.row_bytes);
+    FillArray(args.choice_values, sizes.num_choices(), __int_as_float(-1));
+  });
 }
 
-template <typename T, int kVectors>
+template <typename T, int kVectors, bool kPuts>
 cudaError_t Launch(cudaStream_t stream, int num_blocks, const Peers& peers, const Layout& layout,
                    const Sizes& sizes, const CombineArgs& args) {
   constexpr int kBytes = kSharedBytes<kVectors>;
   const cudaError_t error = cudaFuncSetAttribute(
-      CombineKernel<T, kVectors>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+      CombineKernel<T, kVectors, kPuts>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   const int num_senders = NumSenders(num_blocks, sizes.num_devices,
                                      num_blocks < kFewBlocks ? kFewSenderPercent : kSenderPercent);
-  CombineKernel<T, kVectors>
+  CombineKernel<T, kVectors, kPuts>
       <<<num_blocks, kSumThreads, kBytes, stream>>>(peers, layout, sizes, args, num_senders);
   return cudaGetLastError();
 }
@@ -254,9 +279,14 @@ cudaError_t Launch(cudaStream_t stream, int num_blocks, const Peers& peers, cons
 template <typename T>
 cudaError_t Launch(cudaStream_t stream, int num_blocks, const Peers& peers, const Layout& layout,
                    const Sizes& sizes, const CombineArgs& args) {
+  if constexpr (kWithPuts) {
+    if (peers.puts) {
+      return Launch<T, kShortPiece, true>(stream, num_blocks, peers, layout, sizes, args);
+    }
+  }
   return LongPiecesFit(sizes.row_bytes)
-             ? Launch<T, kLongPiece>(stream, num_blocks, peers, layout, sizes, args)
-             : Launch<T, kShortPiece>(stream, num_blocks, peers, layout, sizes, args);
+             ? Launch<T, kLongPiece, false>(stream, num_blocks, peers, layout, sizes, args)
+             : Launch<T, kShortPiece, false>(stream, num_blocks, peers, layout, sizes, args);
 }
 
 }  // namespace

@@ -180,7 +180,21 @@ __device__ void AwaitPlan(const Call& call, bool* ok) {
   *ok = __shfl_sync(~0u, *ok, 0);
 }
 
+// Nobody shall take half a result for a whole one: rows of NaN, and a plan without rows.
+__device__ void PoisonDispatch(const Sizes& sizes, const DispatchArgs& args) {
+  PoisonRows(args.rows, sizes.capacity, sizes.row_bytes);
+  FillArray(args.row_weights, sizes.capacity, __int_as_float(-1));
+  FillArray(args.plan.group_sizes, sizes.num_local_experts, 0);
+  FillArray(args.plan.num_rows, 1, 0);
+  FillArray(args.plan.num_dropped, 1, 0);
+  FillArray(args.plan.num_invalid, 1, 0);
+  FillArray(args.plan.row_map, size_t(sizes.num_devices) * sizes.num_choices(), -1);
+  FillArray(args.plan.row_source, sizes.capacity, -1);
+  FillArray(args.plan.choice_device, sizes.num_choices(), -1);
+}
+
 // dispatch.
+template <bool kPuts>
 __global__ __launch_bounds__(kThreads,
                              1) void DispatchKernel(const __grid_constant__ Peers peers,
                                                     const __grid_constant__ Layout layout,
@@ -197,12 +211,13 @@ __global__ __launch_bounds__(kThreads,
   if (!call.failed()) {
     bool ok = true;
     const int num_expanders = gridDim.x - num_senders;
-    SendChoices(call, sizes, args);
+    SendChoices<kPuts>(call, sizes, args);
     if (blockIdx.x >= num_expanders) {
-      SendTokens<true>(call, sizes, args, ring, blockIdx.x - num_expanders, num_senders);
+      SendTokens<true, kPuts>(call, sizes, args, ring, blockIdx.x - num_expanders, num_senders);
       AwaitPlan(call, &ok);
     } else {
-      ExchangeHeaders(call, sizes.num_devices, HeaderHash(call, sizes.num_tokens, args.site));
+      ExchangeHeaders<kPuts>(call, sizes.num_devices,
+                             HeaderHash(call, sizes.num_tokens, args.site));
       const Crew crew{kCrewBarrier, kThreads, int(threadIdx.x), int(blockIdx.x), num_expanders};
       const int num_rows =
           PlanRows(call, sizes, args, crew, reinterpret_cast<int32_t*>(shared), &ok);
@@ -211,11 +226,11 @@ __global__ __launch_bounds__(kThreads,
     if (ok) CopyTokens(call, sizes, args, ring, &ok);
     if (threadIdx.x % 32 == 0) WaitWritten();
   }
-  EndCall(call);
+  EndCall(call, [&] { PoisonDispatch(sizes, args); });
 }
 
 // The gradient of combine.
-template <typename T, int kVectors>
+template <typename T, int kVectors, bool kPuts>
 __global__ __launch_bounds__(kThreads,
                              1) void CombineGradKernel(const __grid_constant__ Peers peers,
                                                        const __grid_constant__ Layout layout,
@@ -238,10 +253,12 @@ __global__ __launch_bounds__(kThreads,
       CopyRing copy_ring(shared + warp * CopyRing::kSharedBytes, copy_barriers[warp]);
       if (threadIdx.x % 32 == 0) copy_ring.Init();
       __syncwarp();
-      SendTokens<false>(call, sizes, args, copy_ring, blockIdx.x - num_expanders, num_senders);
+      SendTokens<false, kPuts>(call, sizes, args, copy_ring, blockIdx.x - num_expanders,
+                               num_senders);
       __syncthreads();  // the buffers change their owners
     } else {
-      ExchangeHeaders(call, sizes.num_devices, HeaderHash(call, sizes.num_tokens, args.site));
+      ExchangeHeaders<kPuts>(call, sizes.num_devices,
+                             HeaderHash(call, sizes.num_tokens, args.site));
       const Crew crew{kCrewBarrier, kThreads, int(threadIdx.x), int(blockIdx.x), num_expanders};
       ZeroTail(sizes, args, crew, *args.num_rows);
       for (int r = *args.num_rows + crew.block * crew.num_threads + crew.thread; r < sizes.capacity;
@@ -251,17 +268,20 @@ __global__ __launch_bounds__(kThreads,
     }
     ScaleTokens<T, kVectors>(call, sizes, args, ring, lists, &ok);
   }
-  EndCall(call);
+  EndCall(call, [&] {
+    PoisonRows(args.rows, sizes.capacity, sizes.row_bytes);
+    FillArray(args.row_weights, sizes.capacity, __int_as_float(-1));
+  });
 }
 
-template <typename T, int kVectors>
+template <typename T, int kVectors, bool kPuts>
 cudaError_t LaunchGrad(cudaStream_t stream, int num_blocks, const Peers& peers,
                        const Layout& layout, const Sizes& sizes, const DispatchArgs& args) {
   constexpr int kBytes = GradShared<kVectors>::kBytes;
   const cudaError_t error = cudaFuncSetAttribute(
-      CombineGradKernel<T, kVectors>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+      CombineGradKernel<T, kVectors, kPuts>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
-  CombineGradKernel<T, kVectors><<<num_blocks, kThreads, kBytes, stream>>>(
+  CombineGradKernel<T, kVectors, kPuts><<<num_blocks, kThreads, kBytes, stream>>>(
       peers, layout, sizes, args, NumSenders(num_blocks, sizes.num_devices, kGradSenderPercent));
   return cudaGetLastError();
 }
@@ -269,21 +289,35 @@ cudaError_t LaunchGrad(cudaStream_t stream, int num_blocks, const Peers& peers,
 template <typename T>
 cudaError_t LaunchGrad(cudaStream_t stream, int num_blocks, const Peers& peers,
                        const Layout& layout, const Sizes& sizes, const DispatchArgs& args) {
+  if constexpr (kWithPuts) {
+    if (peers.puts) {
+      return LaunchGrad<T, kShortPiece, true>(stream, num_blocks, peers, layout, sizes, args);
+    }
+  }
   return LongPiecesFit(sizes.row_bytes)
-             ? LaunchGrad<T, kLongPiece>(stream, num_blocks, peers, layout, sizes, args)
-             : LaunchGrad<T, kShortPiece>(stream, num_blocks, peers, layout, sizes, args);
+             ? LaunchGrad<T, kLongPiece, false>(stream, num_blocks, peers, layout, sizes, args)
+             : LaunchGrad<T, kShortPiece, false>(stream, num_blocks, peers, layout, sizes, args);
+}
+
+template <bool kPuts>
+cudaError_t Launch(cudaStream_t stream, int num_blocks, const Peers& peers, const Layout& layout,
+                   const Sizes& sizes, const DispatchArgs& args) {
+  const cudaError_t error = cudaFuncSetAttribute(
+      DispatchKernel<kPuts>, cudaFuncAttributeMaxDynamicSharedMemorySize, kCopySharedBytes);
+  if (error != cudaSuccess) return error;
+  DispatchKernel<kPuts><<<num_blocks, kThreads, kCopySharedBytes, stream>>>(
+      peers, layout, sizes, args, NumSenders(num_blocks, sizes.num_devices, SenderPercent(sizes)));
+  return cudaGetLastError();
 }
 
 }  // namespace
 
 cudaError_t LaunchDispatch(cudaStream_t stream, int num_blocks, const Peers& peers,
                            const Layout& layout, const Sizes& sizes, const DispatchArgs& args) {
-  const cudaError_t error = cudaFuncSetAttribute(
-      DispatchKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kCopySharedBytes);
-  if (error != cudaSuccess) return error;
-  DispatchKernel<<<num_blocks, kThreads, kCopySharedBytes, stream>>>(
-      peers, layout, sizes, args, NumSenders(num_blocks, sizes.num_devices, SenderPercent(sizes)));
-  return cudaGetLastError();
+  if constexpr (kWithPuts) {
+    if (peers.puts) return Launch<true>(stream, num_blocks, peers, layout, sizes, args);
+  }
+  return Launch<false>(stream, num_blocks, peers, layout, sizes, args);
 }
 
 cudaError_t LaunchCombineGrad(cudaStream_t stream, int num_blocks, const Peers& peers,

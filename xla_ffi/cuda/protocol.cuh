@@ -30,6 +30,13 @@
 
 namespace jaxmoe::cuda {
 
+// Whether this library has NVSHMEM. Kernels with kPuts are made only then.
+#ifdef JAXMOE_NVSHMEM
+constexpr bool kWithPuts = true;
+#else
+constexpr bool kWithPuts = false;
+#endif
+
 // For peers that are reached through NVSHMEM; xla_ffi/nvshmem/puts.cu. Places are in the own heap.
 // A warp together: starts to copy `bytes` from `source` to `place` at process `pe`.
 __device__ void PutWarp(void* place, const void* source, size_t bytes, int pe);
@@ -207,7 +214,7 @@ __device__ inline uint32_t HeaderHash(const Call& call, int num_tokens, uint32_t
 }
 
 // The first warp of the first block tells every peer which call this is, and checks theirs.
-template <bool kPuts = false>
+template <bool kPuts>
 __device__ inline void ExchangeHeaders(const Call& call, int num_devices, uint32_t hash) {
   if (blockIdx.x != 0 || threadIdx.x >= 32) return;
   for (int peer = threadIdx.x; peer < num_devices; peer += 32) {
@@ -247,10 +254,6 @@ __device__ __forceinline__ void EndCall(const Call& call, Poison poison) {
   control->blocks_finished = 0;
   control->tickets = 0;
   control->epoch = call.epoch;
-}
-
-__device__ __forceinline__ void EndCall(const Call& call) {
-  EndCall(call, [] {});
 }
 
 // Fills an array with one value, by all threads of a block; null is none.

@@ -18,7 +18,8 @@ constexpr int kSendBarrier = 2;  // and the next ones
 using CopyRing = BulkRing<kCopyBuffers, kCopyBytes>;
 
 // Copies this device's choices to all peers, one part for each flag.
-__device__ inline void SendChoices(const Call& call, const Sizes& sizes, const DispatchArgs& args) {
+template <bool kPuts>
+__device__ void SendChoices(const Call& call, const Sizes& sizes, const DispatchArgs& args) {
   const int parts = kMetaParts * (sizes.num_devices - 1);
   const int me = call.peers.rank;
   for (int work = blockIdx.x; work < parts; work += gridDim.x) {
@@ -27,17 +28,27 @@ __device__ inline void SendChoices(const Call& call, const Sizes& sizes, const D
     const int per_part = (sizes.num_choices() + kMetaParts - 1) / kMetaParts;
     const int begin = min(part * per_part, sizes.num_choices());
     const int end = min(begin + per_part, sizes.num_choices());
-    auto* ids = reinterpret_cast<int32_t*>(call.heap(peer) + call.layout.Ids(call.parity, me));
+    auto* ids =
+        reinterpret_cast<int32_t*>(call.Outbox<kPuts>(peer) + call.layout.Ids(call.parity, me));
     auto* weights =
-        reinterpret_cast<float*>(call.heap(peer) + call.layout.Weights(call.parity, me));
+        reinterpret_cast<float*>(call.Outbox<kPuts>(peer) + call.layout.Weights(call.parity, me));
     for (int i = begin + threadIdx.x; i < end; i += kCopyThreads) {
       ids[i] = args.expert_ids[i];
       weights[i] = args.weights[i];
     }
     __syncthreads();
+    if constexpr (kPuts) {
+      if (!call.Reaches<kPuts>(peer) && threadIdx.x < 32) {
+        FenceSystem();
+        PutWarp(ids + begin, ids + begin, (end - begin) * sizeof(*ids), call.peers.pe[peer]);
+        PutWarp(weights + begin, weights + begin, (end - begin) * sizeof(*weights),
+                call.peers.pe[peer]);
+        __syncwarp();
+      }
+    }
     if (threadIdx.x == 0) {
       FenceSystem();
-      call.SetFlag<false>(peer, call.layout.MetaFlag(me, part), call.epoch);
+      call.SetFlag<kPuts>(peer, call.layout.MetaFlag(me, part), call.epoch);
     }
   }
 }
@@ -75,19 +86,35 @@ __device__ int DeviceOfChoice(const Sizes& sizes, const DispatchArgs& args, int 
   return id >= 0 && id < sizes.num_experts ? id / sizes.num_local_experts : -1;
 }
 
+// Lanes whose choice is the first one for its device, which is another one.
+__device__ inline unsigned FirstForPeers(const Call& call, int device) {
+  const unsigned same = __match_any_sync(~0u, device);
+  const bool first = threadIdx.x % 32 == __ffs(same) - 1;
+  return __ballot_sync(~0u, first && device >= 0 && device != call.peers.rank);
+}
+
 // Copies a token to every other device that one of its choices asks for.
-template <bool kPlan>
+template <bool kPlan, bool kPuts>
 __device__ void SendToken(const Call& call, const Sizes& sizes, const DispatchArgs& args,
                           CopyRing& ring, int token) {
-  const int lane = threadIdx.x % 32;
   const int device = DeviceOfChoice<kPlan>(sizes, args, token);
-  const unsigned same = __match_any_sync(~0u, device);
-  const bool first = lane == __ffs(same) - 1;
-  const unsigned send = __ballot_sync(~0u, first && device >= 0 && device != call.peers.rank);
+  const unsigned send = FirstForPeers(call, device);
   if (send == 0) return;
   const size_t at = call.layout.Row(call.parity, call.peers.rank, token);
   CopyRow(ring, args.tokens + size_t(token) * sizes.row_bytes, sizes.row_bytes, send,
-          [&](int i) { return call.heap(__shfl_sync(~0u, device, i)) + at; });
+          [&](int i) { return call.Outbox<kPuts>(__shfl_sync(~0u, device, i)) + at; });
+}
+
+// Puts a token from this device's outbox to those devices that stores do not reach.
+template <bool kPlan>
+__device__ void PutToken(const Call& call, const Sizes& sizes, const DispatchArgs& args,
+                         int token) {
+  const int device = DeviceOfChoice<kPlan>(sizes, args, token);
+  char* at = call.own() + call.layout.Row(call.parity, call.peers.rank, token);
+  for (unsigned rest = FirstForPeers(call, device); rest != 0; rest &= rest - 1) {
+    const int peer = __shfl_sync(~0u, device, __ffs(rest) - 1);
+    if (!call.Reaches<true>(peer)) PutWarp(at, at, sizes.row_bytes, call.peers.pe[peer]);
+  }
 }
 
 // How many warps of a block share a chunk. Many senders: as many as it has tokens, so that chunks
@@ -98,7 +125,7 @@ __device__ inline int WarpsPerChunk(int num_senders) {
   return num_senders > kFewSenders ? kChunkTokens : 1;
 }
 
-template <bool kPlan>
+template <bool kPlan, bool kPuts>
 __device__ void SendTokens(const Call& call, const Sizes& sizes, const DispatchArgs& args,
                            CopyRing& ring, int sender, int num_senders) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -109,7 +136,7 @@ __device__ void SendTokens(const Call& call, const Sizes& sizes, const DispatchA
        chunk += num_senders * chunks_at_once) {
     const int end = min((chunk + 1) * kChunkTokens, sizes.num_tokens);
     for (int token = chunk * kChunkTokens + warp % share; token < end; token += share) {
-      SendToken<kPlan>(call, sizes, args, ring, token);
+      SendToken<kPlan, kPuts>(call, sizes, args, ring, token);
     }
     if (lane == 0) {
       WaitWritten();
@@ -119,9 +146,15 @@ __device__ void SendTokens(const Call& call, const Sizes& sizes, const DispatchA
     if (share > 1) BlockBarrier(kSendBarrier + slot, share * 32);
     if (warp % share != 0) continue;
     FenceSystem();
+    if constexpr (kPuts) {
+      for (int token = chunk * kChunkTokens; token < end; ++token) {
+        PutToken<kPlan>(call, sizes, args, token);
+      }
+      __syncwarp();
+    }
     for (int peer = lane; peer < sizes.num_devices; peer += 32) {
       if (peer == call.peers.rank) continue;
-      call.SetFlag<false>(peer, call.layout.ChunkFlag(call.parity, call.peers.rank, chunk),
+      call.SetFlag<kPuts>(peer, call.layout.ChunkFlag(call.parity, call.peers.rank, chunk),
                           call.epoch << kEpochShift);
     }
   }

@@ -14,8 +14,6 @@ namespace jaxmoe::cuda {
 constexpr int kSumWarps = 16;
 constexpr int kSumThreads = kSumWarps * 32;
 constexpr int kSendingWarps = kSumWarps - 1;  // of a sender; the last one announces
-// Chunks of a block that its warps can be sending at once.
-constexpr int kChunkSlots = 8;
 
 // Pieces [begin, end) of one token's sum. Row of choice k in lane k, or -1, and its weight.
 struct Unit {
@@ -143,10 +141,29 @@ struct ChunkSlots {
   }
 };
 
+// Puts a chunk that is written to the staging area where its peer expects it; a warp together.
+__device__ inline void PutChunk(const Context& c, int peer, int chunk, int slot, uint32_t sent) {
+  const Layout& layout = c.call.layout;
+  const int parity = c.call.parity, me = c.call.peers.rank, pe = c.call.peers.pe[peer];
+  char* own = c.call.own();
+  FenceSystem();
+  for (uint32_t rest = sent; rest != 0; rest &= rest - 1) {
+    const int i = __ffs(rest) - 1;
+    PutWarp(own + layout.Row(parity, me, chunk * kSumChunkTokens + i),
+            own + layout.StagedRow(blockIdx.x, slot, i), c.sizes.row_bytes, pe);
+  }
+  if (c.args.row_values == nullptr) return;
+  const int tokens = min(kSumChunkTokens, c.sizes.num_tokens - chunk * kSumChunkTokens);
+  const size_t token_bytes = size_t(c.sizes.top_k) * 4;
+  PutWarp(own + layout.Weights(parity, me) + chunk * kSumChunkTokens * token_bytes,
+          own + layout.StagedValues(blockIdx.x, slot, 0), tokens * token_bytes, pe);
+}
+
 // Announces the block's chunks in order; one warp, whose fence waits for the others' stores in
 // their place: with a fence after each unit instead, even for the block alone, combine takes 250
 // instead of 219 us on 132 multiprocessors. Chunks that are ready together share a fence.
-__device__ inline void Announce(const Context& c, const SendSchedule& schedule, ChunkSlots* slots) {
+template <bool kPuts>
+__device__ void Announce(const Context& c, const SendSchedule& schedule, ChunkSlots* slots) {
   const int lane = threadIdx.x % 32;
   for (int first = 0; schedule.chunk_of(first) < schedule.num_chunks();) {
     const int i = first + lane, slot = i % kChunkSlots, phase = i / kChunkSlots % 2;
@@ -155,16 +172,28 @@ __device__ inline void Announce(const Context& c, const SendSchedule& schedule, 
     __syncwarp();
     const unsigned ready = __ballot_sync(~0u, mine && IsOver(&slots->written[slot], phase));
     const int count = __ffs(~ready) - 1;
+    if constexpr (kPuts) {
+      for (int j = first; j < first + count; ++j) {
+        const int peer = schedule.peer_of(j);
+        if (c.call.Reaches<kPuts>(peer)) continue;
+        const uint32_t sent = *const_cast<volatile uint32_t*>(&slots->tokens[j % kChunkSlots]);
+        PutChunk(c, peer, schedule.chunk_of(j), j % kChunkSlots, sent);
+      }
+      __syncwarp();
+    }
     if (lane < count) {
       const uint32_t sent = slots->tokens[slot];
       slots->tokens[slot] = 0;
       FenceSystem();
-      c.call.SetFlag<false>(
+      c.call.SetFlag<kPuts>(
           schedule.peer_of(i),
           c.call.layout.ChunkFlag(c.call.parity, c.call.peers.rank, schedule.chunk_of(i)),
           c.call.epoch << kEpochShift | sent);
     }
     __syncwarp();
+    if constexpr (kPuts) {
+      if (lane == 0) Quiet();  // the staging area is free again
+    }
     first += count;
     if (lane == 0) {
       asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(SharedAddress(&slots->announced)),

@@ -39,7 +39,7 @@ std::vector<Region> Reached(const Layout& l, const GroupSizes& g) {
   if (g.puts) {
     regions.push_back(
         {l.StagedRow(0, 0, 0),
-         l.StagedValues(kMaxBlocks - 1, kMaxTeams - 1, kSumChunkTokens - 1) + g.top_k * 4});
+         l.StagedValues(kMaxBlocks - 1, kChunkSlots - 1, kSumChunkTokens - 1) + g.top_k * 4});
   }
   return regions;
 }
