@@ -106,6 +106,12 @@ struct Call {
     return *reinterpret_cast<volatile uint32_t*>(&control()->failed) != 0;
   }
 
+  // How long to wait. Twice as long for the device's own blocks: they may wait for a peer, and
+  // their failure says more.
+  __device__ uint64_t Patience(Phase phase) const {
+    return phase == kPhaseGrid ? 2 * peers.timeout_ns : peers.timeout_ns;
+  }
+
   // The first failure of the group is kept; later ones only end their waits.
   __device__ void Fail(int peer, Phase phase, uint64_t expected, uint64_t seen,
                        bool wrong = false) const {
@@ -135,7 +141,7 @@ struct Call {
       if ((value >> shift) >= expected) return value;
       if (spins % 256 == 255) {
         if (failed()) break;
-        if (NowNs() - start > peers.timeout_ns) {
+        if (NowNs() - start > Patience(phase)) {
           Fail(peer, phase, expected, value >> shift);
           break;
         }
@@ -195,7 +201,7 @@ __device__ inline bool GridBarrier(const Call& call, const Crew& crew, bool ok) 
       for (unsigned spins = 0; *phase == before && ok; ++spins) {
         if (spins % 256 != 255) continue;
         if (call.failed()) ok = false;
-        if (NowNs() - start > call.peers.timeout_ns) {
+        if (NowNs() - start > call.Patience(kPhaseGrid)) {
           call.Fail(call.peers.rank, kPhaseGrid, before + 1, before);
           ok = false;
         }
