@@ -1,4 +1,4 @@
-"""The custom calls: the only file that touches `jax.ffi`.
+"""The custom calls of the operations; beside it only `jaxmoe.bench.events` touches `jax.ffi`.
 
 One registered name per operation; each platform registers its own implementation under it (and the
 library with NVSHMEM under a name of its own, for it may lie beside the one without). The
