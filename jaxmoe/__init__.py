@@ -22,10 +22,11 @@ _HOME = {
     "update_bias": "jaxmoe.routing",
 }
 
-_MODULES = ("balance", "losses")
+_MODULES = ("balance", "estimate", "losses")
 
 if TYPE_CHECKING:
     from jaxmoe import balance as balance
+    from jaxmoe import estimate as estimate
     from jaxmoe import losses as losses
     from jaxmoe.group import ExpertParallel as ExpertParallel
     from jaxmoe.layer import MoEStats as MoEStats
