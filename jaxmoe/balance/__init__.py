@@ -3,6 +3,10 @@
 `docs/balance.md` shows how the parts go together.
 """
 
+from jaxmoe.balance.affinity import Affinity as Affinity
+from jaxmoe.balance.affinity import bytes_saved as bytes_saved
+from jaxmoe.balance.affinity import place_by_affinity as place_by_affinity
+from jaxmoe.balance.affinity import wire_rows as wire_rows
 from jaxmoe.balance.choice import NearReplicas as NearReplicas
 from jaxmoe.balance.choice import choose_replicas as choose_replicas
 from jaxmoe.balance.choice import locality_of as locality_of
@@ -11,6 +15,8 @@ from jaxmoe.balance.choice import tie_replicas as tie_replicas
 from jaxmoe.balance.eplb import device_loads as device_loads
 from jaxmoe.balance.eplb import place as place
 from jaxmoe.balance.eplb import replicate as replicate
+from jaxmoe.balance.loads import recorded_loads as recorded_loads
+from jaxmoe.balance.loads import synthetic_loads as synthetic_loads
 from jaxmoe.balance.migration import count_moves as count_moves
 from jaxmoe.balance.migration import migrate as migrate
 from jaxmoe.balance.migration import migration_steps as migration_steps
@@ -23,6 +29,8 @@ from jaxmoe.balance.rebalance import align as align
 from jaxmoe.balance.rebalance import imbalance as imbalance
 from jaxmoe.balance.rebalance import improve as improve
 from jaxmoe.balance.rebalance import rebalance as rebalance
+from jaxmoe.balance.simulation import Simulation as Simulation
+from jaxmoe.balance.simulation import simulate as simulate
 from jaxmoe.balance.statistics import LoadStatistics as LoadStatistics
 from jaxmoe.balance.statistics import Observation as Observation
 from jaxmoe.balance.statistics import expert_load as expert_load

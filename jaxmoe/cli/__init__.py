@@ -16,6 +16,7 @@ COMMANDS = {
     "doctor": ("jaxmoe.cli.doctor", "show what this machine has and which transports work"),
     "bench": ("jaxmoe.cli.bench", "measure dispatch and combine on this machine"),
     "estimate": ("jaxmoe.cli.estimate", "bytes, memory and floor times of a model on a machine"),
+    "simulate": ("jaxmoe.cli.simulate", "compare placements of experts under a load over time"),
 }
 
 
