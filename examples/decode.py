@@ -184,10 +184,12 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         run = read_config(config.run_dir)
         runtime.set_host_devices(config.devices or run.devices)
+        runtime.join_processes()
         tokenizer = load_tokenizer(run.tokenizer)
         generator = load_generator(config, run, tokenizer)
         show = print_stream if config.stream else print_batch
-        show(generator, tokenizer, config.prompt or ("",))
+        with runtime.only_first_prints():
+            show(generator, tokenizer, config.prompt or ("",))
     except (SettingsError, CheckpointError) as error:
         print(f"decode: {error}", file=sys.stderr)
         return 2

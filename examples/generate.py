@@ -79,7 +79,7 @@ class Generator:
         """
         limit = np.int32(self.max_new_tokens if num_tokens is None else num_tokens)
         tokens = self._whole(self.weights, *self._prompts, limit).tokens
-        return np.asarray(tokens)[: self.num_prompts]
+        return runtime.fetch(tokens)[: self.num_prompts]
 
     def lower(self) -> jax.stages.Lowered:
         """The program of `generate`, to look into."""
@@ -107,10 +107,10 @@ class Generator:
             yield self._so_far(state)
 
     def _finished(self, state: DecodeState) -> bool:
-        return int(state.step) >= self.max_new_tokens or bool(np.asarray(state.done).all())
+        return int(state.step) >= self.max_new_tokens or bool(runtime.fetch(state.done).all())
 
     def _so_far(self, state: DecodeState) -> np.ndarray:
-        return np.asarray(state.tokens)[: self.num_prompts, : int(state.step)]
+        return runtime.fetch(state.tokens)[: self.num_prompts, : int(state.step)]
 
     def _model(self, weights: Any) -> Transformer:
         return nnx.merge(self.graphdef, *weights)

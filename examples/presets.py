@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Transport = Literal["auto", "cpu", "p2p", "xla"]
+Transport = Literal["auto", "cpu", "p2p", "nvshmem", "xla"]
 
 
 class SettingsError(ValueError):

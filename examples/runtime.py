@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +33,8 @@ class Processes:
 def processes() -> Processes:
     """Reads JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
-    Raises SettingsError when some of them are set and others are not.
+    `python -m jaxmoe launch` sets them. Raises SettingsError when some of them are set and others
+    are not.
     """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     missing = [name for name in names if not os.environ.get(name)]
@@ -58,11 +62,11 @@ def set_host_devices(count: int | None) -> None:
 
 
 def join_processes() -> None:
-    """Connects the processes of a run, where there are several."""
+    """Connects the processes of a run, where there are several and nobody has done so yet."""
     import jax
 
     run = processes()
-    if run.coordinator is not None:
+    if run.coordinator is not None and not jax.distributed.is_initialized():
         jax.distributed.initialize(run.coordinator, run.count, run.index)
 
 
@@ -109,6 +113,24 @@ def put(array: np.ndarray, sharding: NamedSharding) -> Any:
     import jax
 
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def fetch(array: Any) -> np.ndarray:
+    """All of an array that lies on the devices of all processes, which must ask together."""
+    import jax
+
+    if jax.process_count() == 1:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def only_first_prints() -> AbstractContextManager[object]:
+    """Within it, standard output is that of the first process alone."""
+    if processes().index == 0:
+        return contextlib.nullcontext()
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 class StopSignal:

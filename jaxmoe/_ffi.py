@@ -8,6 +8,10 @@ static configuration of a call crosses as one struct attribute, `CONFIG_FIELDS`,
 
 from __future__ import annotations
 
+import functools
+import importlib
+import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -118,9 +122,9 @@ def combine_grad(
     """Custom call for `reference.combine_grad`."""
     if d_y.shape[0] == 0:
         return reference.combine_grad(group, site, d_y, expert_rows, row_weights, plan)
-    operands: tuple[jax.Array, ...] = (d_y, expert_rows, row_weights, plan.row_source)
-    if group.transport != "cpu":  # which goes by the rows and not by the tokens
-        operands += (plan.row_map, plan.choice_device, plan.num_rows)
+    # Hosts go by the rows and read row_source, GPUs by the tokens and read the others.
+    places = (plan.row_source, plan.row_map, plan.choice_device, plan.num_rows)
+    operands = (d_y, expert_rows, row_weights, *places)
     outputs = ((expert_rows.shape, expert_rows.dtype), (row_weights.shape, F32))
     d_rows, d_row_weights = _call("jaxmoe_combine_grad", group, site, operands, outputs)
     return d_rows, d_row_weights
@@ -145,7 +149,27 @@ def _call(
     like = jax.typeof(operands[0])
     avals = [like.update(shape=shape, dtype=jnp.dtype(dtype)) for shape, dtype in outputs]
     call = jax.ffi.ffi_call(target + suffix_of(group.transport), avals, vmap_method="sequential")
-    return list(call(_where(group), *operands, config=config))
+    run: Callable[..., Any] = functools.partial(call, config=config)
+    if group.transport != "cpu":
+        run = _beside_no_collective(run)
+    return list(run(_where(group), *operands))
+
+
+def _beside_no_collective(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` on XLA's stream for collectives, so that it never runs beside one of them.
+
+    Our kernels fill the GPU and wait for peers, and so do NCCL's: two devices that begin with
+    different ones would wait for each other for ever. Needs JAX 0.11.1; with an older one, or with
+    JAXMOE_GPU_STREAM=compute in the environment, the program must keep them apart by data.
+    """
+    if jax.__version_info__ < (0, 11, 1) or os.environ.get("JAXMOE_GPU_STREAM") == "compute":
+        return run
+    # By name: for a type checker with an older JAX it has another signature.
+    compute_on: Any = importlib.import_module("jax.experimental.compute_on").compute_on
+    wrapped: Callable[..., Any] = compute_on(
+        run, compute_type="gpu_stream:collective", out_memory_spaces=jax.memory.Space.Device
+    )
+    return wrapped
 
 
 def _where(group: ExpertParallel) -> Int32[Array, " 2"]:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,13 @@ if str(EXAMPLES) not in sys.path:
     sys.path.insert(0, str(EXAMPLES))
 
 
-def start(script: str, *args: object, cache: Path) -> subprocess.Popen[str]:
-    """Starts a script of examples/; the compiled programs are shared through the folder `cache`."""
+def start(
+    script: str, *args: object, cache: Path, launcher: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    """Starts a script of examples/; the compiled programs are shared through the folder `cache`.
+
+    launcher: what stands between Python and the script.
+    """
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
@@ -25,7 +31,7 @@ def start(script: str, *args: object, cache: Path) -> subprocess.Popen[str]:
     # The script adds the number of its virtual devices. Compiling takes longer here than running.
     environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
     return subprocess.Popen(
-        [sys.executable, str(EXAMPLES / script), *map(str, args)],
+        [sys.executable, *launcher, str(EXAMPLES / script), *map(str, args)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -33,9 +39,11 @@ def start(script: str, *args: object, cache: Path) -> subprocess.Popen[str]:
     )
 
 
-def run(script: str, *args: object, cache: Path, status: int = 0) -> str:
+def run(
+    script: str, *args: object, cache: Path, status: int = 0, launcher: Sequence[str] = ()
+) -> str:
     """Runs a script to its end and returns what it printed; its exit status must be `status`."""
-    process = start(script, *args, cache=cache)
+    process = start(script, *args, cache=cache, launcher=launcher)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == status, output
     return output

@@ -43,8 +43,9 @@ class Launch:
       num_processes: how many times it is started.
       num_devices: host devices of each process.
       args: further arguments of the script.
-      gpus: instead of host devices, the GPU of each process; several may share one.
-      environment: further variables.
+      gpus: instead of host devices, the GPU of each process; several may share one, and None is
+        all of them.
+      environment: further variables. PREFIX is a command that the interpreter is run by.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Launch:
         num_processes: int,
         num_devices: int,
         *args: str,
-        gpus: Sequence[int] = (),
+        gpus: Sequence[int | None] = (),
         environment: Mapping[str, str] | None = None,
     ):
         with socket.socket() as free:
@@ -70,11 +71,11 @@ class Launch:
                 "PYTHONPATH": os.pathsep.join(p for p in paths if p),
             }
             if gpus:
-                fraction = 0.5 / gpus.count(gpus[rank])
+                gpu = gpus[rank]
                 variables |= {
-                    "JAXMOE_TEST_GPU": str(gpus[rank]),
+                    "JAXMOE_TEST_GPU": "" if gpu is None else str(gpu),
                     "XLA_FLAGS": "",
-                    "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{fraction:.3f}",
+                    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # several may share the memory
                 }
             else:
                 variables |= {
@@ -83,7 +84,8 @@ class Launch:
                 }
             variables |= environment or {}
             with self._log_path(rank).open("wb") as log:
-                command = [sys.executable, str(FOLDER / "workers" / f"{worker}.py"), *args]
+                command = variables.pop("PREFIX", "").split()
+                command += [sys.executable, str(FOLDER / "workers" / f"{worker}.py"), *args]
                 self._processes.append(
                     subprocess.Popen(command, env=variables, stdout=log, stderr=log)
                 )

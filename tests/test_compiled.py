@@ -17,9 +17,11 @@ import pytest
 from cases import Config
 from dense import layer_config
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 import jaxmoe
 from jaxmoe import _ffi
+from jaxmoe.transport import cuda
 
 CONFIG_HEADER = Path(__file__).resolve().parent.parent / "xla_ffi/common/config.h"
 # Collectives that move rows or shards. all-reduce is not one: gradients of replicated parameters
@@ -129,3 +131,37 @@ def test_configuration_stands_in_two_places_alike():
     assert sent
     for attribute in sent:
         assert set(re.findall(r"(\w+) = ", attribute)) == set(_ffi.CONFIG_FIELDS)
+
+
+def test_sizes_of_a_heap_cross_as_the_header_has_them():
+    header = (CONFIG_HEADER.parent.parent / "cuda/layout.h").read_text()
+    struct = re.search(r"struct GroupSizes \{(.*?)\};", header, re.DOTALL)
+    assert struct
+    members = re.findall(r"^  int (\w+);", struct[1], re.MULTILINE)
+    assert members == [name for name, _ in cuda.GroupSizes._fields_]
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11, 1), reason="this JAX has no collective stream")
+def test_gpu_calls_are_kept_apart_from_native_collectives(monkeypatch: pytest.MonkeyPatch):
+    """Lowered for GPUs without one: forward and backward calls are on the collectives' stream."""
+    mesh = cases.make_mesh(Config(R=8))
+    group = jaxmoe.ExpertParallel(
+        mesh, num_experts=8, top_k=2, dim=64, max_tokens=8, transport="xla", dtype=jnp.float32
+    )
+    monkeypatch.setattr(group, "transport", "p2p")
+
+    def loss(x: Any, ids: Any, weights: Any) -> Any:
+        rows, row_weights, plan = jaxmoe.dispatch(group, x, ids, weights)
+        return jnp.sum(jaxmoe.combine(group, rows, row_weights, plan) ** 2)[None]
+
+    spec = PartitionSpec("expert")
+    mapped = jax.shard_map(jax.checkpoint(loss), mesh=mesh, in_specs=spec, out_specs=spec)
+    step = jax.jit(jax.grad(lambda *a: jnp.sum(mapped(*a)), argnums=(0, 2)))
+    shapes = (((16, 64), jnp.float32), ((16, 2), jnp.int32), ((16, 2), jnp.float32))
+    text = step.trace(*(jax.ShapeDtypeStruct(*s) for s in shapes)).lower(
+        lowering_platforms=("cuda",)
+    ).as_text()  # fmt: skip
+    calls = re.findall(r"custom_call @(jaxmoe_\w+)\(.*", text)
+    lines = [line for line in text.splitlines() if "custom_call @jaxmoe" in line]
+    assert {"jaxmoe_dispatch", "jaxmoe_combine_grad", "jaxmoe_dispatch_grad"} <= set(calls)
+    assert all('_xla_stream_annotation = "collective"' in line for line in lines)

@@ -1,18 +1,29 @@
-// Times the CUDA kernels on the GPUs of one machine, without JAX.
+// Times the CUDA kernels on two GPUs of one machine, without JAX.
 //
 //   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -I. -o kernels \
 //     benchmarks/cuda/kernels.cu xla_ffi/cuda/{dispatch.cu,combine.cu,groups.cc}
-//   ./kernels [num_sms]
+//   ./kernels [--sms N] [--routing uniform|zipf|hot] [--shape T,D,K,E]
 //
-// Each figure is the time from CUDA events around 30 calls in a row, divided by 30, on the slower
-// device. Routing is uniform, rows are bf16. "floor" is the time that the rows that cross the wire
-// take at 371 GB/s.
+// Each figure is the time of one call in us, on the slower device: each device replays a CUDA graph
+// of 20 calls between two events; the median of five replays. Rows are bf16.
+//
+// Routing: each token asks for K different experts; `zipf` draws them with probabilities in the
+// ratio of 1 / rank^1.2, the most popular experts all on device 0; with `hot` every token asks for
+// expert 0, and for others uniformly.
+//
+// "floor" is the longer of two times: that of the rows that cross the wire, in the busier direction
+// at 371 GB/s, and that of the bytes that the busier device must read and write once (tokens, and
+// rows up to the capacity) at 3.9 TB/s. Both rates are measured on two H200. "wire" is the rate at
+// which rows cross it during dispatch and combine, in GB/s.
 
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <functional>
 #include <random>
 #include <string>
 #include <utility>
@@ -25,16 +36,26 @@ using namespace jaxmoe::cuda;  // NOLINT: a program, not a header
 namespace {
 
 constexpr int kDevices = 2;
-constexpr int kCalls = 30;
+constexpr int kCalls = 20;
+constexpr int kReplays = 5;
 constexpr double kWireBytesPerUs = 371e3;
+constexpr double kMemoryBytesPerUs = 3.9e6;
 constexpr double kCapacityFactor = 1.05;
 
 struct Shape {
   int tokens, dim, top_k, experts;
+
+  int num_local() const { return experts / kDevices; }
+  double row_bytes() const { return dim * 2.0; }
 };
-constexpr Shape kShapes[] = {{4096, 7168, 8, 256}, {8192, 7168, 8, 256}, {1024, 7168, 8, 256},
-                             {4096, 2048, 8, 128}, {4096, 4096, 2, 8},   {128, 7168, 8, 256},
-                             {8, 7168, 8, 256}};
+
+struct Options {
+  int num_sms = 0;  // 0: all
+  std::string routing = "uniform";
+  std::vector<Shape> shapes = {{4096, 7168, 8, 256}, {8192, 7168, 8, 256}, {1024, 7168, 8, 256},
+                               {4096, 2048, 8, 128}, {4096, 4096, 2, 8},   {128, 7168, 8, 256},
+                               {8, 7168, 8, 256}};
+};
 
 void Check(cudaError_t error) {
   if (error == cudaSuccess) return;
@@ -67,25 +88,57 @@ class Arena {
   std::vector<void*> all_;
 };
 
+// K different experts for each token. The K smallest of -log(u) / p are a draw without replacement
+// with probabilities in the ratio of p.
+std::vector<int32_t> DrawIds(const Shape& s, const std::string& routing, std::mt19937* rng) {
+  std::vector<double> inverse(s.experts, 1.0);
+  for (int e = 0; e < s.experts; ++e) {
+    if (routing == "zipf") inverse[e] = std::pow(e + 1, 1.2);
+    if (routing == "hot" && e == 0) inverse[e] = 0.0;
+  }
+  std::uniform_real_distribution<double> uniform(1e-12, 1.0);
+  std::vector<std::pair<double, int32_t>> keys(s.experts);
+  std::vector<int32_t> ids;
+  for (int t = 0; t < s.tokens; ++t) {
+    for (int e = 0; e < s.experts; ++e) keys[e] = {-std::log(uniform(*rng)) * inverse[e], e};
+    std::partial_sort(keys.begin(), keys.begin() + s.top_k, keys.end());
+    for (int k = 0; k < s.top_k; ++k) ids.push_back(keys[k].second);
+  }
+  return ids;
+}
+
+// What one routing moves.
+struct Traffic {
+  double wire_rows = 0;  // in the busier direction
+  int num_rows = 0;      // of the busier device
+  int capacity = 0;
+
+  Traffic(const Shape& s, const std::vector<int32_t> (&ids)[kDevices]) {
+    int received[kDevices] = {};
+    for (int d = 0; d < kDevices; ++d) {
+      double crossing = 0;
+      for (int t = 0; t < s.tokens; ++t) {
+        bool remote = false;
+        for (int k = 0; k < s.top_k; ++k) {
+          const int device = ids[d][size_t(t) * s.top_k + k] / s.num_local();
+          ++received[device];
+          remote |= device != d;
+        }
+        crossing += remote;
+      }
+      wire_rows = std::max(wire_rows, crossing);
+    }
+    num_rows = *std::max_element(received, received + kDevices);
+    capacity = std::max(int(s.tokens * s.top_k * kCapacityFactor) + 64, num_rows);
+  }
+};
+
 struct Calls {
   DispatchArgs dispatch, combine_grad;
   CombineArgs combine, dispatch_grad;
 };
 
-std::vector<int32_t> UniformIds(const Shape& s, std::mt19937* rng) {
-  std::vector<int32_t> order(s.experts), ids;
-  for (int e = 0; e < s.experts; ++e) order[e] = e;
-  for (int t = 0; t < s.tokens; ++t) {
-    for (int k = 0; k < s.top_k; ++k) {
-      std::swap(order[k], order[k + (*rng)() % (s.experts - k)]);
-      ids.push_back(order[k]);
-    }
-  }
-  return ids;
-}
-
 Calls MakeCalls(const Shape& s, int capacity, const std::vector<int32_t>& ids, Arena* arena) {
-  const int local = s.experts / kDevices;
   const size_t row = size_t(s.dim) * 2, choices = size_t(s.tokens) * s.top_k;
   std::mt19937 rng(2);
   std::vector<uint16_t> x(size_t(s.tokens) * s.dim);
@@ -96,7 +149,7 @@ Calls MakeCalls(const Shape& s, int capacity, const std::vector<int32_t>& ids, A
   d.tokens = reinterpret_cast<char*>(arena->Copy(x));
   d.rows = arena->Zeros<char>(capacity * row);
   d.row_weights = arena->Zeros<float>(capacity);
-  d.plan = {arena->Zeros<int32_t>(local),
+  d.plan = {arena->Zeros<int32_t>(s.num_local()),
             arena->Zeros<int32_t>(1),
             arena->Zeros<int32_t>(1),
             arena->Zeros<int32_t>(1),
@@ -125,95 +178,153 @@ Calls MakeCalls(const Shape& s, int capacity, const std::vector<int32_t>& ids, A
   return c;
 }
 
-// Microseconds of one call of `launch(device)`, the slower device's.
-template <typename Launch>
-double Time(const std::vector<cudaStream_t>& streams, Launch launch) {
+using Launch = std::function<void(int device)>;
+
+// Microseconds of one call on the slower device.
+double Time(const std::vector<cudaStream_t>& streams, const Launch& launch) {
   cudaEvent_t begin[kDevices], end[kDevices];
+  cudaGraphExec_t graphs[kDevices];
   for (int d = 0; d < kDevices; ++d) {
     Check(cudaSetDevice(d));
     Check(cudaEventCreate(&begin[d]));
     Check(cudaEventCreate(&end[d]));
+    Check(cudaStreamBeginCapture(streams[d], cudaStreamCaptureModeThreadLocal));
+    for (int i = 0; i < kCalls; ++i) launch(d);
+    cudaGraph_t graph;
+    Check(cudaStreamEndCapture(streams[d], &graph));
+    Check(cudaGraphInstantiate(&graphs[d], graph, 0));
+    Check(cudaGraphDestroy(graph));
+    Check(cudaGraphUpload(graphs[d], streams[d]));
   }
-  for (int i = -3; i < kCalls; ++i) {  // three to warm up
+  std::vector<double> times;
+  for (int replay = -1; replay < kReplays; ++replay) {  // one to warm up
     for (int d = 0; d < kDevices; ++d) {
       Check(cudaSetDevice(d));
-      if (i == 0) Check(cudaEventRecord(begin[d], streams[d]));
-      launch(d);
+      Check(cudaEventRecord(begin[d], streams[d]));
+      Check(cudaGraphLaunch(graphs[d], streams[d]));
+      Check(cudaEventRecord(end[d], streams[d]));
     }
+    double worst = 0;
+    for (int d = 0; d < kDevices; ++d) {
+      Check(cudaSetDevice(d));
+      Check(cudaStreamSynchronize(streams[d]));
+      float ms = 0;
+      Check(cudaEventElapsedTime(&ms, begin[d], end[d]));
+      worst = std::max(worst, ms * 1e3 / kCalls);
+    }
+    if (replay >= 0) times.push_back(worst);
   }
-  double worst = 0;
   for (int d = 0; d < kDevices; ++d) {
-    Check(cudaSetDevice(d));
-    Check(cudaEventRecord(end[d], streams[d]));
+    Check(cudaGraphExecDestroy(graphs[d]));
+    Check(cudaEventDestroy(begin[d]));
+    Check(cudaEventDestroy(end[d]));
   }
-  for (int d = 0; d < kDevices; ++d) {
-    Check(cudaSetDevice(d));
-    Check(cudaStreamSynchronize(streams[d]));
-    float ms = 0;
-    Check(cudaEventElapsedTime(&ms, begin[d], end[d]));
-    worst = std::max(worst, ms * 1e3 / kCalls);
-  }
-  return worst;
+  std::sort(times.begin(), times.end());
+  return times[kReplays / 2];
 }
 
-void Run(const Shape& s, int64_t uid, int num_sms, const std::vector<cudaStream_t>& streams) {
-  const int local = s.experts / kDevices;
-  const int capacity = static_cast<int>(s.tokens * s.top_k * kCapacityFactor) + 64;
-  const Sizes sizes = {s.tokens, s.top_k, capacity, kDevices, s.experts, local, s.dim * 2};
-  OpenPeerToPeer({uid, {kDevices, local, s.tokens, s.top_k, s.dim * 2}, 5.0, num_sms}, {{0, 1}});
-  std::mt19937 rng(1);
-  Arena arenas[kDevices];
+// The launches of one group, on any of its devices.
+struct Group {
+  int64_t uid;
+  Sizes sizes;
+  std::vector<cudaStream_t> streams;
   std::vector<Calls> calls;
-  double wire_bytes = 0;
-  for (int d = 0; d < kDevices; ++d) {
-    Check(cudaSetDevice(d));
-    const std::vector<int32_t> ids = UniformIds(s, &rng);
-    calls.push_back(MakeCalls(s, capacity, ids, &arenas[d]));
-    if (d > 0) continue;
-    for (int t = 0; t < s.tokens; ++t) {
-      const auto first = ids.begin() + size_t(t) * s.top_k;
-      const bool remote = std::any_of(first, first + s.top_k, [&](int id) { return id >= local; });
-      wire_bytes += remote ? s.dim * 2.0 : 0.0;
-    }
-  }
-  const auto member = [&](int d) { return FindMember(uid, d); };
-  const auto dispatch = [&](int d) {
-    const auto m = member(d);
+
+  void Dispatch(int d) const {
+    const auto m = FindMember(uid, d);
     Check(
         LaunchDispatch(streams[d], m->num_blocks, m->peers, m->layout(), sizes, calls[d].dispatch));
-  };
-  const auto combine = [&](int d, const CombineArgs& args) {
-    const auto m = member(d);
-    Check(LaunchCombine(streams[d], m->num_blocks, m->peers, m->layout(), sizes, args,
-                        RowType::kBf16));
-  };
-  const auto combine_grad = [&](int d) {
-    const auto m = member(d);
+  }
+  void CombineGrad(int d) const {
+    const auto m = FindMember(uid, d);
     Check(LaunchCombineGrad(streams[d], m->num_blocks, m->peers, m->layout(), sizes,
                             calls[d].combine_grad, RowType::kBf16));
-  };
-  std::printf("%6d %6d %3d %4d %8.0f", s.tokens, s.dim, s.top_k, s.experts,
-              wire_bytes / kWireBytesPerUs);
-  std::printf(" %9.1f", Time(streams, dispatch));
-  std::printf(" %9.1f", Time(streams, [&](int d) { combine(d, calls[d].combine); }));
-  std::printf(" %11.1f", Time(streams, [&](int d) { combine(d, calls[d].dispatch_grad); }));
-  std::printf(" %11.1f", Time(streams, combine_grad));
-  std::printf(" %9.1f\n", Time(streams, [&](int d) {
-                dispatch(d);
-                combine(d, calls[d].combine);
-              }));
+  }
+  void Sum(int d, const CombineArgs& args) const {
+    const auto m = FindMember(uid, d);
+    Check(LaunchCombine(streams[d], m->num_blocks, m->peers, m->layout(), sizes, args,
+                        RowType::kBf16));
+  }
+};
+
+void PrintTimes(const Shape& s, const Traffic& traffic, const Group& group) {
+  const auto& streams = group.streams;
+  const double dispatch = Time(streams, [&](int d) { group.Dispatch(d); });
+  const double combine = Time(streams, [&](int d) { group.Sum(d, group.calls[d].combine); });
+  const double dispatch_grad =
+      Time(streams, [&](int d) { group.Sum(d, group.calls[d].dispatch_grad); });
+  const double combine_grad = Time(streams, [&](int d) { group.CombineGrad(d); });
+  const double pair = Time(streams, [&](int d) {
+    group.Dispatch(d);
+    group.Sum(d, group.calls[d].combine);
+  });
+  const double wire_bytes = traffic.wire_rows * s.row_bytes();
+  const double wire = wire_bytes / kWireBytesPerUs;
+  const double row = s.row_bytes() / kMemoryBytesPerUs;
+  const double floor_dispatch = std::max(wire, row * (s.tokens + traffic.capacity));
+  const double floor_combine = std::max(wire, row * (s.tokens + traffic.num_rows));
+  const double floor_combine_grad =
+      std::max(wire, row * (s.tokens + traffic.num_rows + traffic.capacity));
+  std::printf("%5d %5d %2d %4d", s.tokens, s.dim, s.top_k, s.experts);
+  std::printf("  %7.1f (%3.0f)", dispatch, floor_dispatch);
+  std::printf("  %7.1f (%3.0f)", combine, floor_combine);
+  std::printf("  %7.1f (%3.0f)", dispatch_grad, floor_combine);
+  std::printf("  %7.1f (%3.0f)", combine_grad, floor_combine_grad);
+  std::printf("  %7.1f  %4.0f %4.0f\n", pair, wire_bytes / dispatch / 1e3,
+              wire_bytes / combine / 1e3);
   std::fflush(stdout);
+}
+
+void Run(const Shape& s, const Options& options, int64_t uid,
+         const std::vector<cudaStream_t>& streams) {
+  std::mt19937 rng(1);
+  const std::vector<int32_t> ids[kDevices] = {DrawIds(s, options.routing, &rng),
+                                              DrawIds(s, options.routing, &rng)};
+  const Traffic traffic(s, ids);
+  const int local = s.num_local();
+  const Sizes sizes = {s.tokens, s.top_k, traffic.capacity, kDevices, s.experts, local, s.dim * 2};
+  OpenPeerToPeer({uid, {kDevices, local, s.tokens, s.top_k, s.dim * 2}, 5.0, options.num_sms},
+                 {{0, 1}});
+  Arena arenas[kDevices];
+  Group group = {uid, sizes, streams, {}};
   for (int d = 0; d < kDevices; ++d) {
-    const std::string error = DescribeError(*member(d));
+    Check(cudaSetDevice(d));
+    group.calls.push_back(MakeCalls(s, traffic.capacity, ids[d], &arenas[d]));
+  }
+  PrintTimes(s, traffic, group);
+  for (int d = 0; d < kDevices; ++d) {
+    const std::string error = DescribeError(*FindMember(uid, d));
     if (!error.empty()) std::printf("%s\n", error.c_str());
   }
   CloseGroup(uid);
 }
 
+Options ParseOptions(int argc, char** argv) {
+  Options options;
+  for (int i = 1; i < argc; i += 2) {
+    const std::string name = argv[i];
+    const std::string value = i + 1 < argc ? argv[i + 1] : "";
+    Shape s;
+    if (name == "--sms" && std::atoi(value.c_str()) > 1) {
+      options.num_sms = std::atoi(value.c_str());
+    } else if (name == "--routing" && (value == "uniform" || value == "zipf" || value == "hot")) {
+      options.routing = value;
+    } else if (name == "--shape" && std::sscanf(value.c_str(), "%d,%d,%d,%d", &s.tokens, &s.dim,
+                                                &s.top_k, &s.experts) == 4) {
+      options.shapes = {s};
+    } else {
+      std::fprintf(stderr, "usage: %s [--sms N] [--routing uniform|zipf|hot] [--shape T,D,K,E]\n",
+                   argv[0]);
+      std::exit(2);
+    }
+  }
+  return options;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int num_sms = argc > 1 ? std::atoi(argv[1]) : 0;
+  const Options options = ParseOptions(argc, argv);
   std::vector<cudaStream_t> streams(kDevices);
   for (int d = 0; d < kDevices; ++d) {
     Check(cudaSetDevice(d));
@@ -221,11 +332,12 @@ int main(int argc, char** argv) {
   }
   cudaDeviceProp properties;
   Check(cudaGetDeviceProperties(&properties, 0));
-  std::printf("%d x %s, %s multiprocessors, us\n", kDevices, properties.name,
-              num_sms ? argv[1] : "all");
-  std::printf(
-      "     T      D   K    E    floor  dispatch   combine  d_dispatch   d_combine      pair\n");
+  std::printf("%d x %s, %d multiprocessors, routing %s; us (floor)\n", kDevices, properties.name,
+              options.num_sms ? options.num_sms : properties.multiProcessorCount,
+              options.routing.c_str());
+  std::printf("    T     D  K    E  %13s  %13s  %13s  %13s  %7s  wire GB/s\n", "dispatch",
+              "combine", "d_dispatch", "d_combine", "pair");
   int64_t uid = 1;
-  for (const Shape& shape : kShapes) Run(shape, uid++, num_sms, streams);
+  for (const Shape& shape : options.shapes) Run(shape, options, uid++, streams);
   return 0;
 }

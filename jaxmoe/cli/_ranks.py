@@ -17,6 +17,7 @@ from jaxmoe.cli._reaper import LAUNCH_ID
 TIMEOUT_CODE = 124  # of timeout(1)
 _TICK = 0.05
 _DRAIN_SECONDS = 2.0
+_KILL_SECONDS = 10.0
 # What a terminal or a scheduler sends, and what the ranks get for it.
 _PASSED_ON = {
     signal.SIGINT: signal.SIGINT,
@@ -35,8 +36,10 @@ def as_exit_code(returncode: int) -> int:
     return returncode if returncode >= 0 else 128 - returncode
 
 
-def how_it_ended(returncode: int) -> str:
+def how_it_ended(returncode: int | None) -> str:
     """The same for a reader."""
+    if returncode is None:
+        return "does not end, not even by SIGKILL: it hangs in the kernel, as in a GPU's driver"
     if returncode >= 0:
         return f"ended with exit code {returncode}"
     try:
@@ -117,8 +120,9 @@ class Ranks:
                 self._end(signal.SIGTERM, TIMEOUT_CODE)
             if self._code is not None and time.monotonic() > self._kill_at:
                 self._signal(signal.SIGKILL)
-        self._look_for_failures()
+                break
         self._reap()
+        self._look_for_failures()
         self._output.drain(_DRAIN_SECONDS)
         self._report()
         return self._code or 0
@@ -158,21 +162,17 @@ class Ranks:
             self._reaper.stdin.close()
         self._reaper.wait()
         for process in self._processes.values():
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_KILL_SECONDS)
 
     def _report(self) -> None:
-        if self._failed is None:
-            return
-        path = self._output.log_path(self._failed)
-        where = f" (all of them: {path})" if path else ""
-        lines = self._output.last_lines(self._failed)
-        say(
-            f"last lines of rank {self._failed}{where}:\n{lines}" if lines else "it printed nothing"
-        )
-        codes = {
-            rank: how_it_ended(process.returncode)
-            for rank, process in self._processes.items()
-            if rank != self._failed
-        }
-        for rank, how in codes.items():
-            say(f"rank {rank} {how}")
+        """Say how it ended, where not all ranks ended well or as the user wanted it."""
+        failed = self._failed
+        if failed is not None:
+            path = self._output.log_path(failed)
+            where = f" (all of them: {path})" if path else ""
+            lines = self._output.last_lines(failed)
+            say(f"last lines of rank {failed}{where}:\n{lines or 'there are none'}")
+        for rank, process in self._processes.items():
+            if rank != failed and (failed is not None or process.returncode is None):
+                say(f"rank {rank} {how_it_ended(process.returncode)}")

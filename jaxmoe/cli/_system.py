@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _DRIVER_FOLDER = Path("/proc/driver/nvidia/gpus")
-_SECONDS = 15.0
+SECONDS = 15.0
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Answer:
 
 def ask(
     command: Sequence[str],
-    seconds: float = _SECONDS,
+    seconds: float | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Answer | None:
-    """Run a program for at most so many seconds; None when there is no such program."""
+    """Run a program for at most `seconds`, or `SECONDS`; None when there is no such program."""
     try:
         process = subprocess.Popen(
             command,
@@ -43,7 +43,7 @@ def ask(
     except OSError:
         return None
     try:
-        output, errors = process.communicate(timeout=seconds)
+        output, errors = process.communicate(timeout=SECONDS if seconds is None else seconds)
     except subprocess.TimeoutExpired:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -82,7 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("-m", "--module", action="store_true", help="SCRIPT is the name of a module")
     add("script", metavar="SCRIPT", help="Python file, or module with -m")
-    add("args", nargs=argparse.REMAINDER, metavar="ARGS", help="passed on as they are")
+    rest = add("args", nargs=argparse.REMAINDER, metavar="ARGS", help="passed on as they are")
+    rest.required = False  # in the message that SCRIPT is missing
 
 
 def run(args: argparse.Namespace) -> int:

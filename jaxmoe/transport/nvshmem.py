@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _HOST_LIBRARY = "libnvshmem_host.so.3"
 _OLDEST = (3, 4, 5)
 _closed: set[int] = set()  # groups of this process whose heaps are not freed yet
+_joined: list[bool] = []  # what joining the world gave
 
 
 def why_not(mesh: jax.sharding.Mesh | None, spec: GroupSpec) -> str:
@@ -116,9 +117,14 @@ class NvshmemGroup(cuda.CudaGroup):
         _closed.add(self.uid)
 
 
-@functools.cache
 def _join(lib: Any, timeout: float) -> bool:
-    """Make this process part of the NVSHMEM world; whether groups need room for puts."""
+    """Make this process part of the NVSHMEM world, once; whether groups need room for puts."""
+    if not _joined:
+        _joined.append(_join_world(lib, timeout))
+    return _joined[0]
+
+
+def _join_world(lib: Any, timeout: float) -> bool:
     client, rank, num = common.kv_client(), jax.process_index(), jax.process_count()
     timeout_ms, prefix = int(timeout * 1000), "jaxmoe/nvshmem/world"
     # NVSHMEM's start has no time limit of its own: begin when everybody is there.

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -86,9 +87,10 @@ def check_groups_in_another_order() -> None:
 
 def check_calls_in_another_order() -> None:
     group = make_group()
-    program(group)(tokens(T)).block_until_ready()
-    # Each process compiles a program of its own: calls of T and of T - 1 tokens meet.
-    y = program(group)(tokens(T - RANK))
+    # Both programs on both processes, since XLA has processes tune a program together.
+    pairs = [program(group).lower(tokens(n)).compile() for n in (T, T - 1)]
+    pairs[0](tokens(T)).block_until_ready()
+    y = pairs[RANK](tokens(T - RANK))  # calls of T and of T - 1 tokens meet
     assert_fails(
         lambda: wait_for_interrupt(y),
         jaxmoe.ExchangeError,
@@ -131,7 +133,11 @@ def main() -> None:
         )
     group.close()
     print("closed", flush=True)
-    os._exit(0)  # jax.distributed's own shutdown would wait for the process that is gone
 
 
-main()
+try:
+    main()
+except BaseException:
+    traceback.print_exc()
+    os._exit(1)
+os._exit(0)  # jax.distributed's own shutdown would wait for the process that is gone

@@ -143,8 +143,8 @@ ffi::Future DispatchGrad(ffi::RunId run, int32_t device, CallState* state, Confi
 }
 
 ffi::Future CombineGrad(ffi::RunId run, int32_t device, CallState* state, Config config, Ints where,
-                        Rows d_y, Rows expert_rows, Weights row_weights, Ints row_source,
-                        RowsOut d_rows, WeightsOut d_row_weights) {
+                        Rows d_y, Rows expert_rows, Weights row_weights, Ints row_source, Ints,
+                        Ints, Ints, RowsOut d_rows, WeightsOut d_row_weights) {
   const auto tokens = d_y.dimensions();
   const CallShape shape = ShapeOf(config, tokens[0], config.top_k, tokens[1],
                                   row_source.dimensions()[0], d_y.element_type());
@@ -204,6 +204,9 @@ XLA_FFI_DEFINE_HANDLER(kCombineGradHandler, CombineGrad,
                            .Arg<Rows>()       // expert_rows [C, D]
                            .Arg<Weights>()    // row_weights [C]
                            .Arg<Ints>()       // row_source [C]
+                           .Arg<Ints>()       // row_map [R, T, K]: GPUs go by tokens
+                           .Arg<Ints>()       // choice_device [T, K]: likewise
+                           .Arg<Ints>()       // num_rows []: likewise
                            .Ret<Rows>()       // d_rows [C, D]
                            .Ret<Weights>());  // d_row_weights [C]
 

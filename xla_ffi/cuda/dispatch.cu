@@ -1,271 +1,139 @@
 // From tokens to rows: dispatch, and the gradient of combine.
 //
 // Blocks have two roles. Senders copy this device's tokens to the devices that need them, once per
-// device, and announce them chunk by chunk. Expanders make the plan (dispatch only), then turn
-// tokens into rows: own tokens first, then zeros behind the last row, then each peer's tokens as
-// they come.
+// device, and announce them chunk by chunk; then they expand as well. Expanders make the plan
+// (dispatch only), write zeros behind the last row, and turn tokens into rows. Tokens are expanded
+// in the order in which they are sent, the own and the peers' ones in turn, and rows are stored so
+// that they leave the second-level cache first: so it still holds a token when it is read again.
+// Measured on two H200 (T=4096, D=7168, K=8, E=256): 199 us, and 258 us if each warp of the senders
+// takes a chunk of its own, so that they arrive late and out of order.
 //
 // The roles are blocks and not warps because a multiprocessor's stores leave it in order: behind
-// stores that wait for the wire, those to its own memory wait too. Measured on two H200 (T=4096,
-// D=7168, K=8, E=256): 342 us with both roles in every block, 228 us with 20 of 132 blocks as
-// senders.
+// stores that wait for the wire, those to its own memory wait too (342 us with both in every
+// block). A multiprocessor stores at most 32 bytes a cycle, 62 GB/s, whatever instruction it uses,
+// and every row is stored once: 24 of them cannot end before 389 us.
 
 #include "xla_ffi/cuda/bulk.cuh"
 #include "xla_ffi/cuda/launch.h"
 #include "xla_ffi/cuda/plan.cuh"
 #include "xla_ffi/cuda/protocol.cuh"
 #include "xla_ffi/cuda/rows.cuh"
+#include "xla_ffi/cuda/scale.cuh"
+#include "xla_ffi/cuda/send.cuh"
 
 namespace jaxmoe::cuda {
 namespace {
 
-constexpr int kWarps = 16;
-constexpr int kThreads = kWarps * 32;
+constexpr int kThreads = kCopyThreads;
 constexpr int kCrewBarrier = 1;
-constexpr int kSenderPercent = 16;  // of the blocks; enough to fill the wire
-// Each warp moves rows in pieces through buffers of its own.
-constexpr int kPieceBytes = 3584;
-constexpr int kBuffers = 3;
-using Ring = BulkRing<kBuffers, kPieceBytes>;
-constexpr int kSharedBytes = kWarps * Ring::kSharedBytes;
-static_assert(((kWarps + 2) * kMaxLocalExperts + kThreads) * 4 <= kSharedBytes,
+constexpr int kGradSenderPercent = 20;  // of the blocks
+constexpr int kUnitsPerWarp = 4;
+constexpr int kCopySharedBytes = kCopyWarps * CopyRing::kSharedBytes;
+// The gradient's senders load pieces where they had copied tokens; the lists are behind both.
+template <int kVectors>
+struct GradShared {
+  static constexpr int kRings = kCopyWarps * Piece<kVectors>::Ring::kSharedBytes;
+  static constexpr int kLists = kCopySharedBytes > kRings ? kCopySharedBytes : kRings;
+  static constexpr int kBytes = kLists + kCopyWarps * 2 * sizeof(RowList);
+};
+static_assert(((kCopyWarps + 2) * kMaxLocalExperts + kThreads) * 4 <= kCopySharedBytes,
               "the plan takes the place of the buffers");
 
-// Copies this device's choices to all peers, one part for each flag.
-__device__ void SendChoices(const Call& call, const Sizes& sizes, const DispatchArgs& args) {
-  const int parts = kMetaParts * (sizes.num_devices - 1);
-  const int me = call.peers.rank;
-  for (int work = blockIdx.x; work < parts; work += gridDim.x) {
-    const int part = work % kMetaParts;
-    const int peer = (me + 1 + work / kMetaParts) % sizes.num_devices;
-    const int per_part = (sizes.num_choices() + kMetaParts - 1) / kMetaParts;
-    const int begin = min(part * per_part, sizes.num_choices());
-    const int end = min(begin + per_part, sizes.num_choices());
-    auto* ids = reinterpret_cast<int32_t*>(call.heap(peer) + call.layout.Ids(call.parity, me));
-    auto* weights =
-        reinterpret_cast<float*>(call.heap(peer) + call.layout.Weights(call.parity, me));
-    for (int i = begin + threadIdx.x; i < end; i += kThreads) {
-      ids[i] = args.expert_ids[i];
-      weights[i] = args.weights[i];
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      FenceSystem();
-      StoreRelaxed(reinterpret_cast<uint64_t*>(call.heap(peer) + call.layout.MetaFlag(me, part)),
-                   call.epoch);
-    }
-  }
-}
+// Blocks that send in dispatch, enough to fill the wire: small tokens need more of them.
+int SenderPercent(const Sizes& sizes) { return sizes.row_bytes > 8192 ? 16 : 22; }
 
-// Copies one row, piece by piece, to each of the places that `place(i)` gives for i in `mask`.
-template <typename Place>
-__device__ void CopyRow(Ring& ring, const char* from, int row_bytes, unsigned mask, Place place) {
-  const bool leader = threadIdx.x % 32 == 0;
-  const int pieces = (row_bytes + kPieceBytes - 1) / kPieceBytes;
-  auto bytes_of = [&](int piece) { return min(kPieceBytes, row_bytes - piece * kPieceBytes); };
-  if (leader) ring.Load(from, bytes_of(0));
-  for (int piece = 0; piece < pieces; ++piece) {
-    const char* loaded = nullptr;
-    if (leader) {
-      if (piece + 1 < pieces) ring.Load(from + (piece + 1) * kPieceBytes, bytes_of(piece + 1));
-      loaded = ring.Loaded();
-    }
-    for (unsigned rest = mask; rest != 0; rest &= rest - 1) {
-      char* to = place(__ffs(rest) - 1);
-      if (leader) StartStore(to + piece * kPieceBytes, loaded, bytes_of(piece));
-    }
-    if (leader) ring.Next();
-  }
-}
-
-// The device that choice k of a token asks for, in lane k; -1 without one and in lanes past K.
-template <bool kPlan>
-__device__ int DeviceOfChoice(const Sizes& sizes, const DispatchArgs& args, int token) {
-  const int lane = threadIdx.x % 32;
-  if (lane >= sizes.top_k) return -1;
-  const int i = token * sizes.top_k + lane;
-  if (!kPlan) return args.choice_device[i];
-  const int id = args.expert_ids[i];
-  return id >= 0 && id < sizes.num_experts ? id / sizes.num_local_experts : -1;
-}
-
-// Copies a token to every other device that one of its choices asks for.
-template <bool kPlan>
-__device__ void SendToken(const Call& call, const Sizes& sizes, const DispatchArgs& args,
-                          Ring& ring, int token) {
-  const int lane = threadIdx.x % 32;
-  const int device = DeviceOfChoice<kPlan>(sizes, args, token);
-  const unsigned same = __match_any_sync(~0u, device);
-  const bool first = lane == __ffs(same) - 1;
-  const unsigned send = __ballot_sync(~0u, first && device >= 0 && device != call.peers.rank);
-  if (send == 0) return;
-  const size_t at = call.layout.Row(call.parity, call.peers.rank, token);
-  CopyRow(ring, args.tokens + size_t(token) * sizes.row_bytes, sizes.row_bytes, send,
-          [&](int i) { return call.heap(__shfl_sync(~0u, device, i)) + at; });
-}
-
-// One warp per chunk.
-template <bool kPlan>
-__device__ void SendTokens(const Call& call, const Sizes& sizes, const DispatchArgs& args,
-                           Ring& ring, int num_senders) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int chunks = (sizes.num_tokens + kChunkTokens - 1) / kChunkTokens;
-  for (int chunk = blockIdx.x + num_senders * warp; chunk < chunks; chunk += num_senders * kWarps) {
-    for (int i = 0; i < kChunkTokens; ++i) {
-      const int token = chunk * kChunkTokens + i;
-      if (token < sizes.num_tokens) SendToken<kPlan>(call, sizes, args, ring, token);
-    }
-    if (lane == 0) {
-      WaitWritten();
-      FenceBulk();
-    }
-    __syncwarp();
-    FenceSystem();
-    for (int peer = lane; peer < sizes.num_devices; peer += 32) {
-      if (peer == call.peers.rank) continue;
-      StoreRelaxed(
-          reinterpret_cast<uint64_t*>(call.heap(peer) +
-                                      call.layout.ChunkFlag(call.parity, call.peers.rank, chunk)),
-          call.epoch << kEpochShift);
-    }
-  }
-}
-
-// A token's rows in the gradient of combine: its gradient times each row's weight, and the dot
-// product with the expert's row for the weight's gradient.
-template <typename T>
-__device__ void ScaleToRows(const Sizes& sizes, const DispatchArgs& args, const uint4* from,
-                            int row_of_lane, unsigned rows) {
-  constexpr int kVectors = 4;  // of two rows in flight
-  const int lane = threadIdx.x % 32;
-  const int n = sizes.row_bytes / 16;
-  for (unsigned rest = rows; rest != 0; rest &= rest - 1) {
-    const int row = __shfl_sync(~0u, row_of_lane, __ffs(rest) - 1);
-    const float weight = args.row_weights_in[row];
-    const uint4* expert_row = AsVectors(args.expert_rows + size_t(row) * sizes.row_bytes);
-    uint4* dst = AsVectors(args.rows + size_t(row) * sizes.row_bytes);
-    float dot = 0.0f;
-    for (int base = lane; base < n; base += 32 * kVectors) {
-      uint4 v[kVectors], e[kVectors];
-#pragma unroll
-      for (int j = 0; j < kVectors; ++j) {
-        if (base + 32 * j >= n) continue;
-        v[j] = __ldcg(from + base + 32 * j);
-        e[j] = __ldcs(expert_row + base + 32 * j);
-      }
-#pragma unroll
-      for (int j = 0; j < kVectors; ++j) {
-        if (base + 32 * j >= n) continue;
-        StoreStreaming(dst + base + 32 * j, Vector<T>::Scale(v[j], weight));
-        dot += Vector<T>::Dot(v[j], e[j]);
-      }
-    }
-    for (int offset = 16; offset > 0; offset /= 2) dot += __shfl_xor_sync(~0u, dot, offset);
-    if (lane == 0) args.row_weights[row] = dot;
-  }
-}
-
-// A piece of a token, and the rows that it goes to: row of choice k in lane k, or -1.
-struct Item {
-  int piece;
-  int bytes;
-  const char* from;
+// Some parts of a token, and the rows that they go to: row of choice k in lane k, or -1.
+struct CopyUnit {
+  int source;
+  int token;  // -1: there are no more
+  int part, end;
   int row;
-  unsigned rows;
 };
 
-// Finds item `i` of a source, waits until it is here, and starts to load it.
-__device__ Item StartItem(const Call& call, const Sizes& sizes, const DispatchArgs& args,
-                          Ring& ring, int source, int i, bool* ok) {
+// Tokens of all devices in turn, to whichever warp comes first: so each is copied soon after it was
+// sent or has come, while the second-level cache still holds it.
+__device__ CopyUnit NextUnit(const Call& call, const Sizes& sizes, const DispatchArgs& args,
+                             int units_per_token, int parts, Tickets& tickets) {
   const int lane = threadIdx.x % 32;
-  const int pieces = (sizes.row_bytes + kPieceBytes - 1) / kPieceBytes;
-  const int token = i / pieces;
-  Item item;
-  item.piece = i - token * pieces;
-  item.bytes = min(kPieceBytes, sizes.row_bytes - item.piece * kPieceBytes);
-  item.row = -1;
-  if (lane < sizes.top_k) {
-    item.row = __ldcg(&args.plan.row_map[(source * sizes.num_tokens + token) * sizes.top_k + lane]);
+  const int ticket = tickets.Next();
+  const int rest = ticket / sizes.num_devices;
+  const int token = rest / units_per_token, i = rest - token * units_per_token;
+  const int per_unit = (parts + units_per_token - 1) / units_per_token;
+  CopyUnit unit = {(call.peers.rank + ticket) % sizes.num_devices, token, i * per_unit,
+                   min((i + 1) * per_unit, parts), -1};
+  if (token >= sizes.num_tokens) {
+    unit.token = -1;
+  } else if (lane < sizes.top_k) {
+    unit.row =
+        __ldcg(&args.plan.row_map[(unit.source * sizes.num_tokens + token) * sizes.top_k + lane]);
   }
-  item.rows = __ballot_sync(~0u, item.row >= 0);
-  const bool own = source == call.peers.rank;
-  if (!own && lane == 0) {
-    const auto* flag = reinterpret_cast<const uint64_t*>(
-        call.own() + call.layout.ChunkFlag(call.parity, source, token / kChunkTokens));
-    call.Wait(flag, kEpochShift, call.epoch, source, kPhaseRows, ok);
-    FenceBulk();
-  }
-  *ok = __shfl_sync(~0u, *ok, 0);
-  item.from = (own ? args.tokens + size_t(token) * sizes.row_bytes
-                   : call.own() + call.layout.Row(call.parity, source, token)) +
-              item.piece * kPieceBytes;
-  if (*ok && item.rows != 0 && lane == 0) ring.Load(item.from, item.bytes);
-  return item;
+  return unit;
 }
 
-__device__ void StoreItem(const Sizes& sizes, const DispatchArgs& args, Ring& ring,
-                          const Item& item) {
-  if (item.rows == 0) return;
+// A part of a token that is being loaded.
+struct Part {
+  int at, bytes;
+  int row;
+  unsigned rows;  // 0: none
+};
+
+__device__ void StorePart(const Sizes& sizes, const DispatchArgs& args, CopyRing& ring,
+                          const Part& part, uint64_t policy) {
+  if (part.rows == 0) return;
   const bool leader = threadIdx.x % 32 == 0;
   const char* loaded = leader ? ring.Loaded() : nullptr;
-  for (unsigned rest = item.rows; rest != 0; rest &= rest - 1) {
-    const int row = __shfl_sync(~0u, item.row, __ffs(rest) - 1);
-    char* to = args.rows + size_t(row) * sizes.row_bytes + item.piece * kPieceBytes;
-    if (leader) StartStore(to, loaded, item.bytes);
+  for (unsigned rest = part.rows; rest != 0; rest &= rest - 1) {
+    const int row = __shfl_sync(~0u, part.row, __ffs(rest) - 1);
+    char* to = args.rows + size_t(row) * sizes.row_bytes + part.at;
+    if (leader) StartStore(to, loaded, part.bytes, policy);
   }
   if (leader) ring.Next();
 }
 
-// Rows of all tokens of one source, piece by piece; each load starts one item ahead.
+// Rows of all tokens, by all warps that call this; each load starts one part ahead.
 __device__ void CopyTokens(const Call& call, const Sizes& sizes, const DispatchArgs& args,
-                           const Crew& crew, Ring& ring, int source, bool* ok) {
-  const int pieces = (sizes.row_bytes + kPieceBytes - 1) / kPieceBytes;
-  const int num_items = sizes.num_tokens * pieces;
-  const int stride = crew.num_blocks * crew.num_warps();
-  int i = crew.block + crew.num_blocks * crew.warp();
-  if (i >= num_items) return;
-  Item item = StartItem(call, sizes, args, ring, source, i, ok);
-  for (i += stride; *ok && i < num_items; i += stride) {
-    const Item next = StartItem(call, sizes, args, ring, source, i, ok);
-    StoreItem(sizes, args, ring, item);
-    item = next;
-  }
-  if (*ok) StoreItem(sizes, args, ring, item);
-}
-
-// Gradients of all rows of one source's tokens.
-template <typename T>
-__device__ void ScaleTokens(const Call& call, const Sizes& sizes, const DispatchArgs& args,
-                            const Crew& crew, int source, bool* ok) {
+                           CopyRing& ring, bool* ok) {
   const int lane = threadIdx.x % 32;
-  const bool own = source == call.peers.rank;
-  const int stride = crew.num_blocks * crew.num_warps();
-  for (int t = crew.block + crew.num_blocks * crew.warp(); t < sizes.num_tokens; t += stride) {
-    int row = -1;
-    if (lane < sizes.top_k) {
-      row = args.plan.row_map[(source * sizes.num_tokens + t) * sizes.top_k + lane];
-    }
-    if (!own) {
+  const int parts = (sizes.row_bytes + kCopyBytes - 1) / kCopyBytes;
+  const int per_unit = min(max(sizes.num_tokens * sizes.num_devices * parts /
+                                   int(gridDim.x * kCopyWarps * kUnitsPerWarp),
+                               1),
+                           parts);
+  const int units_per_token = (parts + per_unit - 1) / per_unit;
+  const uint64_t policy = EvictFirst();
+  Tickets tickets(call);
+  Part pending = {};
+  CopyUnit unit = NextUnit(call, sizes, args, units_per_token, parts, tickets);
+  while (unit.token >= 0) {
+    const CopyUnit next = NextUnit(call, sizes, args, units_per_token, parts, tickets);
+    const bool own = unit.source == call.peers.rank;
+    const char* from = own ? args.tokens + size_t(unit.token) * sizes.row_bytes
+                           : call.own() + call.layout.Row(call.parity, unit.source, unit.token);
+    const unsigned rows = __ballot_sync(~0u, unit.row >= 0);
+    if (!own && lane == 0) {
       const auto* flag = reinterpret_cast<const uint64_t*>(
-          call.own() + call.layout.ChunkFlag(call.parity, source, t / kChunkTokens));
-      if (lane == 0) call.Wait(flag, kEpochShift, call.epoch, source, kPhaseRows, ok);
-      *ok = __shfl_sync(~0u, *ok, 0);
-      if (!*ok) return;
+          call.own() + call.layout.ChunkFlag(call.parity, unit.source, unit.token / kChunkTokens));
+      call.Wait(flag, kEpochShift, call.epoch, unit.source, kPhaseRows, ok);
+      FenceBulk();
     }
-    const char* from = own ? args.tokens + size_t(t) * sizes.row_bytes
-                           : call.own() + call.layout.Row(call.parity, source, t);
-    ScaleToRows<T>(sizes, args, AsVectors(from), row, __ballot_sync(~0u, row >= 0));
+    *ok = __shfl_sync(~0u, *ok, 0);
+    if (!*ok) break;
+    for (int i = unit.part; rows != 0 && i < unit.end; ++i) {
+      const int at = i * kCopyBytes;
+      const Part part = {at, min(kCopyBytes, sizes.row_bytes - at), unit.row, rows};
+      if (lane == 0) {
+        if (own) {
+          ring.Load(from + at, part.bytes);
+        } else {
+          ring.Load(from + at, part.bytes, policy);
+        }
+      }
+      StorePart(sizes, args, ring, pending, policy);
+      pending = part;
+    }
+    unit = next;
   }
-}
-
-template <bool kPlan, typename T>
-__device__ void ExpandTokens(const Call& call, const Sizes& sizes, const DispatchArgs& args,
-                             const Crew& crew, Ring& ring, int source, bool* ok) {
-  if constexpr (kPlan) {
-    CopyTokens(call, sizes, args, crew, ring, source, ok);
-  } else {
-    ScaleTokens<T>(call, sizes, args, crew, source, ok);
-  }
+  StorePart(sizes, args, ring, pending, policy);
 }
 
 __device__ void ZeroTail(const Sizes& sizes, const DispatchArgs& args, const Crew& crew,
@@ -283,7 +151,7 @@ __device__ void ZeroTail(const Sizes& sizes, const DispatchArgs& args, const Cre
 __device__ int PlanRows(const Call& call, const Sizes& sizes, const DispatchArgs& args,
                         const Crew& crew, int32_t* scratch, bool* ok) {
   const Choices choices{call, sizes, args.expert_ids, args.weights};
-  if (crew.block == crew.num_blocks - 1) DescribeOwnChoices(choices, args.plan, crew, scratch);
+  DescribeOwnChoices(choices, args.plan, crew);
   for (int i = crew.thread; i < sizes.num_devices * kMetaParts; i += crew.num_threads) {
     const int source = i / kMetaParts;
     if (source == call.peers.rank) continue;
@@ -296,33 +164,37 @@ __device__ int PlanRows(const Call& call, const Sizes& sizes, const DispatchArgs
   const int num_rows = MakePlan(choices, args.plan, args.row_weights, crew, scratch, ok);
   *ok = GridBarrier(call, crew, *ok);  // the whole row map is there
   FenceBulk();                         // the scratch becomes buffers
+  if (*ok && crew.block == 0 && crew.thread == 0) {
+    FenceSystem();
+    StoreRelaxed(&call.control()->planned, call.epoch);
+  }
   return num_rows;
 }
 
-template <bool kPlan, typename T>
-__device__ void Expand(const Call& call, const Sizes& sizes, const DispatchArgs& args,
-                       const Crew& crew, Ring& ring, int32_t* scratch) {
-  bool ok = true;
-  int num_rows;
-  if constexpr (kPlan) {
-    num_rows = PlanRows(call, sizes, args, crew, scratch, &ok);
-    if (!ok) return;
-  } else {
-    num_rows = *args.num_rows;
-    for (int r = num_rows + crew.block * crew.num_threads + crew.thread; r < sizes.capacity;
-         r += crew.num_blocks * crew.num_threads) {
-      args.row_weights[r] = 0.0f;
-    }
+// A sender's wait for the plan.
+__device__ void AwaitPlan(const Call& call, bool* ok) {
+  if (threadIdx.x % 32 == 0) {
+    call.Wait(&call.control()->planned, 0, call.epoch, call.peers.rank, kPhaseGrid, ok);
+    FenceBulk();
   }
-  ExpandTokens<kPlan, T>(call, sizes, args, crew, ring, call.peers.rank, &ok);
-  ZeroTail(sizes, args, crew, num_rows);
-  for (int i = 1; i < sizes.num_devices; ++i) {
-    const int source = (call.peers.rank + i) % sizes.num_devices;
-    ExpandTokens<kPlan, T>(call, sizes, args, crew, ring, source, &ok);
-  }
+  *ok = __shfl_sync(~0u, *ok, 0);
 }
 
-template <bool kPlan, typename T>
+// Nobody shall take half a result for a whole one: rows of NaN, and a plan without rows.
+__device__ void PoisonDispatch(const Sizes& sizes, const DispatchArgs& args) {
+  PoisonRows(args.rows, sizes.capacity, sizes.row_bytes);
+  FillArray(args.row_weights, sizes.capacity, __int_as_float(-1));
+  FillArray(args.plan.group_sizes, sizes.num_local_experts, 0);
+  FillArray(args.plan.num_rows, 1, 0);
+  FillArray(args.plan.num_dropped, 1, 0);
+  FillArray(args.plan.num_invalid, 1, 0);
+  FillArray(args.plan.row_map, size_t(sizes.num_devices) * sizes.num_choices(), -1);
+  FillArray(args.plan.row_source, sizes.capacity, -1);
+  FillArray(args.plan.choice_device, sizes.num_choices(), -1);
+}
+
+// dispatch.
+template <bool kPuts>
 __global__ __launch_bounds__(kThreads,
                              1) void DispatchKernel(const __grid_constant__ Peers peers,
                                                     const __grid_constant__ Layout layout,
@@ -330,36 +202,111 @@ __global__ __launch_bounds__(kThreads,
                                                     const __grid_constant__ DispatchArgs args,
                                                     const int num_senders) {
   extern __shared__ __align__(128) char shared[];
-  __shared__ uint64_t barriers[kWarps][kBuffers];
-  const Call call(peers, layout, kPlan ? kDispatch : kCombineGrad);
+  __shared__ uint64_t barriers[kCopyWarps][kCopyBuffers];
+  const Call call(peers, layout, kDispatch);
   const int warp = threadIdx.x / 32;
-  Ring ring(shared + warp * Ring::kSharedBytes, barriers[warp]);
+  CopyRing ring(shared + warp * CopyRing::kSharedBytes, barriers[warp]);
   if (threadIdx.x % 32 == 0) ring.Init();
   __syncwarp();
   if (!call.failed()) {
-    if (kPlan) SendChoices(call, sizes, args);
-    if (blockIdx.x < num_senders) {
-      ExchangeHeaders(call, sizes.num_devices, HeaderHash(call, sizes.num_tokens, args.site));
-      SendTokens<kPlan>(call, sizes, args, ring, num_senders);
+    bool ok = true;
+    const int num_expanders = gridDim.x - num_senders;
+    SendChoices<kPuts>(call, sizes, args);
+    if (blockIdx.x >= num_expanders) {
+      SendTokens<true, kPuts>(call, sizes, args, ring, blockIdx.x - num_expanders, num_senders);
+      AwaitPlan(call, &ok);
     } else {
-      const Crew crew{kCrewBarrier, kThreads, int(threadIdx.x), int(blockIdx.x) - num_senders,
-                      int(gridDim.x) - num_senders};
-      Expand<kPlan, T>(call, sizes, args, crew, ring, reinterpret_cast<int32_t*>(shared));
+      ExchangeHeaders<kPuts>(call, sizes.num_devices,
+                             HeaderHash(call, sizes.num_tokens, args.site));
+      const Crew crew{kCrewBarrier, kThreads, int(threadIdx.x), int(blockIdx.x), num_expanders};
+      const int num_rows =
+          PlanRows(call, sizes, args, crew, reinterpret_cast<int32_t*>(shared), &ok);
+      if (ok) ZeroTail(sizes, args, crew, num_rows);
     }
+    if (ok) CopyTokens(call, sizes, args, ring, &ok);
     if (threadIdx.x % 32 == 0) WaitWritten();
   }
-  EndCall(call);
+  EndCall(call, [&] { PoisonDispatch(sizes, args); });
 }
 
-template <bool kPlan, typename T>
+// The gradient of combine.
+template <typename T, int kVectors, bool kPuts>
+__global__ __launch_bounds__(kThreads,
+                             1) void CombineGradKernel(const __grid_constant__ Peers peers,
+                                                       const __grid_constant__ Layout layout,
+                                                       const __grid_constant__ Sizes sizes,
+                                                       const __grid_constant__ DispatchArgs args,
+                                                       const int num_senders) {
+  using Ring = typename Piece<kVectors>::Ring;
+  extern __shared__ __align__(128) char shared[];
+  __shared__ uint64_t copy_barriers[kCopyWarps][kCopyBuffers];
+  __shared__ uint64_t barriers[kCopyWarps][Ring::kNumBuffers];
+  const Call call(peers, layout, kCombineGrad);
+  const int warp = threadIdx.x / 32;
+  Ring ring(shared + warp * Ring::kSharedBytes, barriers[warp]);
+  ring.Init();
+  RowList* lists = reinterpret_cast<RowList*>(shared + GradShared<kVectors>::kLists) + 2 * warp;
+  if (!call.failed()) {
+    bool ok = true;
+    const int num_expanders = gridDim.x - num_senders;
+    if (blockIdx.x >= num_expanders) {
+      CopyRing copy_ring(shared + warp * CopyRing::kSharedBytes, copy_barriers[warp]);
+      if (threadIdx.x % 32 == 0) copy_ring.Init();
+      __syncwarp();
+      SendTokens<false, kPuts>(call, sizes, args, copy_ring, blockIdx.x - num_expanders,
+                               num_senders);
+      __syncthreads();  // the buffers change their owners
+    } else {
+      ExchangeHeaders<kPuts>(call, sizes.num_devices,
+                             HeaderHash(call, sizes.num_tokens, args.site));
+      const Crew crew{kCrewBarrier, kThreads, int(threadIdx.x), int(blockIdx.x), num_expanders};
+      ZeroTail(sizes, args, crew, *args.num_rows);
+      for (int r = *args.num_rows + crew.block * crew.num_threads + crew.thread; r < sizes.capacity;
+           r += crew.num_blocks * crew.num_threads) {
+        args.row_weights[r] = 0.0f;
+      }
+    }
+    ScaleTokens<T, kVectors>(call, sizes, args, ring, lists, &ok);
+  }
+  EndCall(call, [&] {
+    PoisonRows(args.rows, sizes.capacity, sizes.row_bytes);
+    FillArray(args.row_weights, sizes.capacity, __int_as_float(-1));
+  });
+}
+
+template <typename T, int kVectors, bool kPuts>
+cudaError_t LaunchGrad(cudaStream_t stream, int num_blocks, const Peers& peers,
+                       const Layout& layout, const Sizes& sizes, const DispatchArgs& args) {
+  constexpr int kBytes = GradShared<kVectors>::kBytes;
+  const cudaError_t error = cudaFuncSetAttribute(
+      CombineGradKernel<T, kVectors, kPuts>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  CombineGradKernel<T, kVectors, kPuts><<<num_blocks, kThreads, kBytes, stream>>>(
+      peers, layout, sizes, args, NumSenders(num_blocks, sizes.num_devices, kGradSenderPercent));
+  return cudaGetLastError();
+}
+
+template <typename T>
+cudaError_t LaunchGrad(cudaStream_t stream, int num_blocks, const Peers& peers,
+                       const Layout& layout, const Sizes& sizes, const DispatchArgs& args) {
+  if constexpr (kWithPuts) {
+    if (peers.puts) {
+      return LaunchGrad<T, kShortPiece, true>(stream, num_blocks, peers, layout, sizes, args);
+    }
+  }
+  return LongPiecesFit(sizes.row_bytes)
+             ? LaunchGrad<T, kLongPiece, false>(stream, num_blocks, peers, layout, sizes, args)
+             : LaunchGrad<T, kShortPiece, false>(stream, num_blocks, peers, layout, sizes, args);
+}
+
+template <bool kPuts>
 cudaError_t Launch(cudaStream_t stream, int num_blocks, const Peers& peers, const Layout& layout,
                    const Sizes& sizes, const DispatchArgs& args) {
   const cudaError_t error = cudaFuncSetAttribute(
-      DispatchKernel<kPlan, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+      DispatchKernel<kPuts>, cudaFuncAttributeMaxDynamicSharedMemorySize, kCopySharedBytes);
   if (error != cudaSuccess) return error;
-  const int num_senders = NumSenders(num_blocks, sizes.num_devices, kSenderPercent);
-  DispatchKernel<kPlan, T>
-      <<<num_blocks, kThreads, kSharedBytes, stream>>>(peers, layout, sizes, args, num_senders);
+  DispatchKernel<kPuts><<<num_blocks, kThreads, kCopySharedBytes, stream>>>(
+      peers, layout, sizes, args, NumSenders(num_blocks, sizes.num_devices, SenderPercent(sizes)));
   return cudaGetLastError();
 }
 
@@ -367,7 +314,10 @@ cudaError_t Launch(cudaStream_t stream, int num_blocks, const Peers& peers, cons
 
 cudaError_t LaunchDispatch(cudaStream_t stream, int num_blocks, const Peers& peers,
                            const Layout& layout, const Sizes& sizes, const DispatchArgs& args) {
-  return Launch<true, float>(stream, num_blocks, peers, layout, sizes, args);
+  if constexpr (kWithPuts) {
+    if (peers.puts) return Launch<true>(stream, num_blocks, peers, layout, sizes, args);
+  }
+  return Launch<false>(stream, num_blocks, peers, layout, sizes, args);
 }
 
 cudaError_t LaunchCombineGrad(cudaStream_t stream, int num_blocks, const Peers& peers,
@@ -375,11 +325,11 @@ cudaError_t LaunchCombineGrad(cudaStream_t stream, int num_blocks, const Peers& 
                               RowType type) {
   switch (type) {
     case RowType::kBf16:
-      return Launch<false, __nv_bfloat16>(stream, num_blocks, peers, layout, sizes, args);
+      return LaunchGrad<__nv_bfloat16>(stream, num_blocks, peers, layout, sizes, args);
     case RowType::kF16:
-      return Launch<false, __half>(stream, num_blocks, peers, layout, sizes, args);
+      return LaunchGrad<__half>(stream, num_blocks, peers, layout, sizes, args);
     case RowType::kF32:
-      return Launch<false, float>(stream, num_blocks, peers, layout, sizes, args);
+      return LaunchGrad<float>(stream, num_blocks, peers, layout, sizes, args);
   }
   return cudaErrorInvalidValue;
 }

@@ -32,8 +32,8 @@ constexpr int kMetaParts = 16;
 constexpr int kMaxDevices = 72;
 // Most blocks of a kernel; sizes the scratch for their counts.
 constexpr int kMaxBlocks = 160;
-// Most warp teams of a block that send partial sums; sizes the staging area.
-constexpr int kMaxTeams = 2;
+// Chunks of partial sums that a block can be sending at once; also sizes the staging area.
+constexpr int kChunkSlots = 8;
 // Most experts of a device: their counts must fit the shared memory of the plan.
 constexpr int kMaxLocalExperts = 2048;
 
@@ -56,7 +56,7 @@ struct Layout {
   size_t ids;           // [2][R][max_tokens * K] int32
   size_t weights;       // [2][R][max_tokens * K] float32
   size_t rows;          // [2][R][max_tokens] rows
-  size_t staging;       // [kMaxBlocks][kMaxTeams] chunks that are put; local
+  size_t staging;       // [kMaxBlocks][kChunkSlots] chunks that are put; local
   size_t bytes;         // of the whole heap
 
   int num_devices, chunks, choices, row_bytes, max_tokens, top_k;
@@ -85,7 +85,7 @@ struct Layout {
     ids = region(2 * r * choices * 4);
     weights = region(2 * r * choices * 4);
     rows = region(2 * r * size_t(max_tokens) * row_bytes);
-    staging = region(g.puts ? size_t{kMaxBlocks} * kMaxTeams * StagingBytes() : 0);
+    staging = region(g.puts ? size_t{kMaxBlocks} * kChunkSlots * StagingBytes() : 0);
     bytes = end;
   }
 
@@ -93,11 +93,11 @@ struct Layout {
   JAXMOE_HOST_DEVICE size_t StagingBytes() const {
     return Align(size_t(kSumChunkTokens) * (row_bytes + top_k * 4));
   }
-  JAXMOE_HOST_DEVICE size_t StagedRow(int block, int team, int i) const {
-    return staging + (size_t(block) * kMaxTeams + team) * StagingBytes() + size_t(i) * row_bytes;
+  JAXMOE_HOST_DEVICE size_t StagedRow(int block, int slot, int i) const {
+    return staging + (size_t(block) * kChunkSlots + slot) * StagingBytes() + size_t(i) * row_bytes;
   }
-  JAXMOE_HOST_DEVICE size_t StagedValues(int block, int team, int i) const {
-    return StagedRow(block, team, kSumChunkTokens) + size_t(i) * top_k * 4;
+  JAXMOE_HOST_DEVICE size_t StagedValues(int block, int slot, int i) const {
+    return StagedRow(block, slot, kSumChunkTokens) + size_t(i) * top_k * 4;
   }
 
   // Byte offsets of what device s writes in the half `parity`.
@@ -146,6 +146,9 @@ struct Control {
   uint32_t blocks_finished;  // of the call in progress; the last block resets it
   uint32_t barrier_arrived;  // of the grid barrier; the last one resets it
   uint32_t barrier_phase;    // number of grid barriers passed, ever
+  uint32_t num_invalid;      // choices of the plan in progress; the plan resets it
+  uint32_t tickets;          // drawn in the call in progress; the last block resets it
+  uint64_t planned;          // the latest epoch whose plan is complete
 };
 
 }  // namespace jaxmoe::cuda

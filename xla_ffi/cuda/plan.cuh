@@ -117,22 +117,46 @@ __device__ inline int WarpExclusiveSums(int32_t* counts, int n) {
   return total;
 }
 
-// What describes the device's own choices; any one block.
+// What describes the device's own choices; a share for each block. Invalid ones are rare, and
+// counted in Control until the plan is complete.
 __device__ inline void DescribeOwnChoices(const Choices& choices, const PlanArrays& plan,
-                                          const Crew& crew, int* scratch) {
+                                          const Crew& crew) {
   const Sizes& sizes = choices.sizes;
-  if (crew.thread == 0) *scratch = 0;
-  crew.Sync();
-  int invalid = 0;
-  for (int i = crew.thread; i < sizes.num_choices(); i += crew.num_threads) {
+  for (int i = crew.block * crew.num_threads + crew.thread; i < sizes.num_choices();
+       i += crew.num_blocks * crew.num_threads) {
     const int id = choices.own_ids[i];
     const bool valid = id >= 0 && id < sizes.num_experts;
     plan.choice_device[i] = valid ? id / sizes.num_local_experts : -1;
-    invalid += !valid && id != -1;
+    if (!valid && id != -1) atomicAdd(&choices.call.control()->num_invalid, 1u);
   }
-  atomicAdd(scratch, invalid);
+}
+
+// Rows of earlier blocks and of all blocks for each expert, from block_counts [num_blocks][L].
+__device__ inline void SumBlockCounts(const int32_t* block_counts, int num_blocks, int num_local,
+                                      const Crew& crew, int32_t* before, int32_t* total) {
+  constexpr int kAtOnce = 8;  // loads in flight: the latency is what this takes
+  for (int e = crew.thread; e < num_local; e += crew.num_threads) before[e] = total[e] = 0;
   crew.Sync();
-  if (crew.thread == 0) *plan.num_invalid = *scratch;
+  const int groups = max(crew.num_threads / num_local, 1);
+  for (int i = crew.thread; i < groups * num_local; i += crew.num_threads) {
+    const int group = i / num_local, e = i - group * num_local;
+    int earlier = 0, sum = 0;
+    for (int first = group; first < num_blocks; first += groups * kAtOnce) {
+      int32_t counts[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int b = first + groups * j;
+        counts[j] = b < num_blocks ? __ldcg(&block_counts[b * num_local + e]) : 0;
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (first + groups * j < crew.block) earlier += counts[j];
+        sum += counts[j];
+      }
+    }
+    atomicAdd(&before[e], earlier);
+    atomicAdd(&total[e], sum);
+  }
   crew.Sync();
 }
 
@@ -152,7 +176,10 @@ __device__ inline int MakePlan(const Choices& choices, const PlanArrays& plan, f
 
   const int all = sizes.num_devices * sizes.num_choices();
   const int num_warps = crew.num_blocks * crew.num_warps();
-  const int per_warp = (all + num_warps - 1) / num_warps;
+  // Whole steps of 32, so that only some blocks have choices when there are few.
+  const int per_warp = ((all + num_warps - 1) / num_warps + 31) / 32 * 32;
+  const int per_block = per_warp * crew.num_warps();
+  const int num_counting = (all + per_block - 1) / per_block;
   const int warp = crew.block * crew.num_warps() + crew.warp();
   const int begin = min(warp * per_warp, all), end = min(begin + per_warp, all);
 
@@ -161,25 +188,19 @@ __device__ inline int MakePlan(const Choices& choices, const PlanArrays& plan, f
   for (int round = 0; round < 2; ++round) {  // the second one only if choices are dropped
     CountRange(choices, begin, end, first_dropped, warp_counts);
     crew.Sync();
-    for (int e = crew.thread; e < num_local; e += crew.num_threads) {
+    for (int e = crew.thread; crew.block < num_counting && e < num_local; e += crew.num_threads) {
       int sum = 0;
       for (int w = 0; w < crew.num_warps(); ++w) sum += shared[w * num_local + e];
       block_counts[crew.block * num_local + e] = sum;
     }
     *ok = GridBarrier(call, crew, *ok);
     if (!*ok) return 0;
-    for (int e = crew.thread; e < num_local; e += crew.num_threads) {
-      int before = 0, sum = 0;
-      for (int b = 0; b < crew.num_blocks; ++b) {
-        const int count = __ldcg(&block_counts[b * num_local + e]);
-        before += b < crew.block ? count : 0;
-        sum += count;
-      }
-      base[e] = before;
-      total[e] = sum;
-      if (crew.block == 0) plan.group_sizes[e] = sum;
+    SumBlockCounts(block_counts, num_counting, num_local, crew, base, total);
+    if (crew.block == 0) {
+      for (int e = crew.thread; e < num_local; e += crew.num_threads)
+        plan.group_sizes[e] = total[e];
+      crew.Sync();
     }
-    crew.Sync();
     if (crew.warp() == 0) {
       const int sum = WarpExclusiveSums(total, num_local);
       if (crew.thread == 0) scratch[0] = sum;
@@ -231,6 +252,8 @@ __device__ inline int MakePlan(const Choices& choices, const PlanArrays& plan, f
   if (crew.block == 0 && crew.thread == 0) {
     *plan.num_rows = num_rows;
     *plan.num_dropped = num_addressed - num_rows;
+    *plan.num_invalid = *reinterpret_cast<volatile uint32_t*>(&call.control()->num_invalid);
+    call.control()->num_invalid = 0;
   }
   return num_rows;
 }

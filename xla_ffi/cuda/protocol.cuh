@@ -30,6 +30,13 @@
 
 namespace jaxmoe::cuda {
 
+// Whether this library has NVSHMEM. Kernels with kPuts are made only then.
+#ifdef JAXMOE_NVSHMEM
+constexpr bool kWithPuts = true;
+#else
+constexpr bool kWithPuts = false;
+#endif
+
 // For peers that are reached through NVSHMEM; xla_ffi/nvshmem/puts.cu. Places are in the own heap.
 // A warp together: starts to copy `bytes` from `source` to `place` at process `pe`.
 __device__ void PutWarp(void* place, const void* source, size_t bytes, int pe);
@@ -99,6 +106,12 @@ struct Call {
     return *reinterpret_cast<volatile uint32_t*>(&control()->failed) != 0;
   }
 
+  // How long to wait. Twice as long for the device's own blocks: they may wait for a peer, and
+  // their failure says more.
+  __device__ uint64_t Patience(Phase phase) const {
+    return phase == kPhaseGrid ? 2 * peers.timeout_ns : peers.timeout_ns;
+  }
+
   // The first failure of the group is kept; later ones only end their waits.
   __device__ void Fail(int peer, Phase phase, uint64_t expected, uint64_t seen,
                        bool wrong = false) const {
@@ -128,7 +141,7 @@ struct Call {
       if ((value >> shift) >= expected) return value;
       if (spins % 256 == 255) {
         if (failed()) break;
-        if (NowNs() - start > peers.timeout_ns) {
+        if (NowNs() - start > Patience(phase)) {
           Fail(peer, phase, expected, value >> shift);
           break;
         }
@@ -188,7 +201,7 @@ __device__ inline bool GridBarrier(const Call& call, const Crew& crew, bool ok) 
       for (unsigned spins = 0; *phase == before && ok; ++spins) {
         if (spins % 256 != 255) continue;
         if (call.failed()) ok = false;
-        if (NowNs() - start > call.peers.timeout_ns) {
+        if (NowNs() - start > call.Patience(kPhaseGrid)) {
           call.Fail(call.peers.rank, kPhaseGrid, before + 1, before);
           ok = false;
         }
@@ -207,7 +220,7 @@ __device__ inline uint32_t HeaderHash(const Call& call, int num_tokens, uint32_t
 }
 
 // The first warp of the first block tells every peer which call this is, and checks theirs.
-template <bool kPuts = false>
+template <bool kPuts>
 __device__ inline void ExchangeHeaders(const Call& call, int num_devices, uint32_t hash) {
   if (blockIdx.x != 0 || threadIdx.x >= 32) return;
   for (int peer = threadIdx.x; peer < num_devices; peer += 32) {
@@ -245,11 +258,8 @@ __device__ __forceinline__ void EndCall(const Call& call, Poison poison) {
   if (call.failed()) poison();
   if (threadIdx.x != 0) return;
   control->blocks_finished = 0;
+  control->tickets = 0;
   control->epoch = call.epoch;
-}
-
-__device__ __forceinline__ void EndCall(const Call& call) {
-  EndCall(call, [] {});
 }
 
 // Fills an array with one value, by all threads of a block; null is none.

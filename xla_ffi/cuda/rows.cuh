@@ -24,14 +24,14 @@ struct Vector {
   __device__ static void FromFloat(float v, __nv_bfloat16* out) { *out = __float2bfloat16_rn(v); }
 
   // sum += weight * v, product and sum rounded each, as the reference does.
-  __device__ static void AddScaled(const uint4& v, float weight, float* sum) {
+  __device__ static void AddScaled(uint4 v, float weight, float* sum) {
     const T* in = reinterpret_cast<const T*>(&v);
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
       sum[i] = __fadd_rn(sum[i], __fmul_rn(weight, ToFloat(in[i])));
     }
   }
-  __device__ static void Add(const uint4& v, float* sum) {
+  __device__ static void Add(uint4 v, float* sum) {
     const T* in = reinterpret_cast<const T*>(&v);
 #pragma unroll
     for (int i = 0; i < kSize; ++i) sum[i] = __fadd_rn(sum[i], ToFloat(in[i]));
@@ -43,14 +43,14 @@ struct Vector {
     for (int i = 0; i < kSize; ++i) FromFloat(sum[i], &out[i]);
     return v;
   }
-  __device__ static uint4 Scale(const uint4& v, float weight) {
+  __device__ static uint4 Scale(uint4 v, float weight) {
     const T* in = reinterpret_cast<const T*>(&v);
     float product[kSize];
 #pragma unroll
     for (int i = 0; i < kSize; ++i) product[i] = __fmul_rn(weight, ToFloat(in[i]));
     return Round(product);
   }
-  __device__ static float Dot(const uint4& a, const uint4& b) {
+  __device__ static float Dot(uint4 a, uint4 b) {
     const T* x = reinterpret_cast<const T*>(&a);
     const T* y = reinterpret_cast<const T*>(&b);
     float sum = 0.0f;

@@ -21,6 +21,7 @@ namespace jaxmoe::cuda {
 namespace {
 
 // Events of this process by device and slot. A slot that is recorded again holds the later time.
+// They are made before a program runs: while it does, a peer may be spinning.
 struct Events {
   std::mutex mutex;
   std::map<std::pair<int, int64_t>, cudaEvent_t> of;
@@ -52,12 +53,9 @@ cudaError_t RecordEvent(cudaStream_t stream, int device, int64_t slot) {
   const OnDevice current(device);
   if (current.error() != cudaSuccess) return current.error();
   const std::lock_guard<std::mutex> lock(TheEvents().mutex);
-  cudaEvent_t& event = TheEvents().of[{device, slot}];
-  if (event == nullptr) {
-    const cudaError_t error = cudaEventCreate(&event);
-    if (error != cudaSuccess) return error;
-  }
-  return cudaEventRecord(event, stream);
+  const auto event = TheEvents().of.find({device, slot});
+  return event == TheEvents().of.end() ? cudaErrorInvalidValue
+                                       : cudaEventRecord(event->second, stream);
 }
 
 ffi::Error Status(cudaError_t error) {
@@ -80,6 +78,27 @@ ffi::Error Record(cudaStream_t stream, int32_t device, int64_t slot, ffi::Remain
     if (error != cudaSuccess) return Status(error);
   }
   return Status(RecordEvent(stream, device, slot));
+}
+
+cudaError_t MakeEvents(int device, int64_t num_slots) {
+  const OnDevice current(device);
+  if (current.error() != cudaSuccess) return current.error();
+  const std::lock_guard<std::mutex> lock(TheEvents().mutex);
+  for (int64_t slot = 0; slot < num_slots; ++slot) {
+    cudaEvent_t& event = TheEvents().of[{device, slot}];
+    if (event != nullptr) continue;
+    const cudaError_t error = cudaEventCreate(&event);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+// Fills the caller's message on an error; returns 1 then, else 0.
+int Report(cudaError_t error, const std::string& what, char* message, int message_size) {
+  if (error == cudaSuccess) return 0;
+  std::strncpy(message, (what + ": " + cudaGetErrorString(error)).c_str(), message_size - 1);
+  message[message_size - 1] = '\0';
+  return 1;
 }
 
 cudaError_t Elapsed(int device, int64_t from, int64_t to, float* ms) {
@@ -108,7 +127,24 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxmoe_cuda_record, jaxmoe::cuda::Record,
                                   .RemainingArgs()
                                   .RemainingRets());
 
-// Forgets all events.
+// Makes events for slots 0 … num_slots - 1 of a device, unless it has them. Returns 0, or 1 with a
+// message; so does the next one.
+JAXMOE_EXPORT int jaxmoe_cuda_make_events(int device, int64_t num_slots, char* message,
+                                          int message_size) {
+  return jaxmoe::cuda::Report(jaxmoe::cuda::MakeEvents(device, num_slots),
+                              "events of GPU " + std::to_string(device), message, message_size);
+}
+
+// Milliseconds on `device` from one slot's event to another's; waits for the latter.
+JAXMOE_EXPORT int jaxmoe_cuda_elapsed_ms(int device, int64_t from, int64_t to, float* ms,
+                                         char* message, int message_size) {
+  const std::string what = "time from event " + std::to_string(from) + " to " + std::to_string(to) +
+                           " of GPU " + std::to_string(device);
+  return jaxmoe::cuda::Report(jaxmoe::cuda::Elapsed(device, from, to, ms), what, message,
+                              message_size);
+}
+
+// Destroys all events.
 JAXMOE_EXPORT void jaxmoe_cuda_reset_events() {
   const std::lock_guard<std::mutex> lock(jaxmoe::cuda::TheEvents().mutex);
   for (const auto& [key, event] : jaxmoe::cuda::TheEvents().of) {
@@ -116,17 +152,4 @@ JAXMOE_EXPORT void jaxmoe_cuda_reset_events() {
     cudaEventDestroy(event);
   }
   jaxmoe::cuda::TheEvents().of.clear();
-}
-
-// Milliseconds on `device` from one slot's event to another's; waits for the latter. Returns 0, or
-// 1 with a message.
-JAXMOE_EXPORT int jaxmoe_cuda_elapsed_ms(int device, int64_t from, int64_t to, float* ms,
-                                         char* message, int message_size) {
-  const cudaError_t error = jaxmoe::cuda::Elapsed(device, from, to, ms);
-  if (error == cudaSuccess) return 0;
-  const std::string text = "events " + std::to_string(from) + " and " + std::to_string(to) +
-                           " of GPU " + std::to_string(device) + ": " + cudaGetErrorString(error);
-  std::strncpy(message, text.c_str(), message_size - 1);
-  message[message_size - 1] = '\0';
-  return 1;
 }

@@ -48,9 +48,9 @@ void Join(const void* id, int rank, int num_processes, int device) {
     }
   }
   if (nvshmem_my_pe() != rank || nvshmem_n_pes() != num_processes) {
-    throw std::runtime_error(
-        Concat("NVSHMEM was already started in this process as number ", nvshmem_my_pe(), " of ",
-               nvshmem_n_pes(), ", and jax.distributed says ", rank, " of ", num_processes));
+    throw std::runtime_error(Concat("NVSHMEM was already started in this process as number ",
+                                    nvshmem_my_pe(), " of ", nvshmem_n_pes(),
+                                    ", and jax.distributed says ", rank, " of ", num_processes));
   }
 }
 
@@ -125,8 +125,8 @@ JAXMOE_EXPORT int jaxmoe_nvshmem_new_id(void* id) {
 // Collective over all processes, as are the next two.
 JAXMOE_EXPORT int jaxmoe_nvshmem_join(const void* id, int rank, int num_processes, int device,
                                       char* message, int size) {
-  return jaxmoe::cuda::Guarded(
-      message, size, [&] { jaxmoe::cuda::Join(id, rank, num_processes, device); });
+  return jaxmoe::cuda::Guarded(message, size,
+                               [&] { jaxmoe::cuda::Join(id, rank, num_processes, device); });
 }
 
 JAXMOE_EXPORT int jaxmoe_nvshmem_open(int64_t uid, const jaxmoe::cuda::GroupSizes* sizes,

@@ -1,0 +1,47 @@
+"""All four operations on all GPUs of this process, for compute-sanitizer to watch.
+
+Plain and dropping, wide and narrow rows, few multiprocessors and all.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import processes
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jaxmoe
+
+processes.join()
+mesh = jax.make_mesh((jax.device_count(),), ("expert",))
+SPEC = PartitionSpec("expert")
+
+
+def run(num_tokens: int, dim: int, top_k: int, num_experts: int, **options: object) -> None:
+    group = jaxmoe.ExpertParallel(
+        mesh, num_experts=num_experts, top_k=top_k, dim=dim, max_tokens=num_tokens,
+        transport="p2p", timeout=60, **options,
+    )  # fmt: skip
+    rng, num = np.random.default_rng(num_tokens), jax.device_count() * num_tokens
+    x = rng.standard_normal((num, dim), np.float32).astype(jnp.bfloat16)
+    ids = np.argsort(rng.random((num, num_experts)), axis=1)[:, :top_k].astype(np.int32)
+    weights = rng.random((num, top_k)).astype(np.float32)
+
+    def loss(x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+        rows, row_weights, plan = jaxmoe.dispatch(group, x, ids, weights)
+        return jnp.sum(jaxmoe.combine(group, rows, row_weights, plan).astype(jnp.float32) ** 2)[
+            None
+        ]
+
+    mapped = jax.shard_map(loss, mesh=mesh, in_specs=SPEC, out_specs=SPEC)
+    grad = jax.jit(jax.value_and_grad(lambda *a: jnp.sum(mapped(*a)), argnums=(0, 2)))
+    place = NamedSharding(mesh, SPEC)
+    args = [jax.device_put(a, place) for a in (x, ids, weights)]
+    for _ in range(3):
+        value, _ = jax.block_until_ready(grad(*args))
+    assert np.isfinite(value)
+
+
+run(37, 1032, 3, 8)
+run(64, 7168, 8, 32, capacity_factor=0.5, num_sms=6)
+run(5, 16, 1, 4)
+print("all operations ran", flush=True)

@@ -1,0 +1,82 @@
+// The symmetric heap of the CUDA transports: its regions are aligned, apart from each other, and as
+// large as their last word needs.
+
+#include "xla_ffi/cuda/layout.h"
+
+#include <cstddef>
+#include <vector>
+
+#include "xla_ffi/tests/check.h"
+
+namespace jaxmoe::cuda {
+namespace {
+
+const std::vector<GroupSizes> kSizes = {
+    {1, 4, 1, 1, 16, 0},       {2, 128, 4096, 8, 14336, 0}, {8, 32, 4096, 8, 14336, 0},
+    {72, 4, 129, 32, 16, 0},   {4, 2048, 5, 3, 48, 1},      {8, 32, 128, 8, 14336, 1},
+    {2, 1, 65536, 2, 4096, 1},
+};
+
+struct Region {
+  size_t begin, end;
+};
+
+// What the functions of the layout reach in each region, in the order of the layout.
+std::vector<Region> Reached(const Layout& l, const GroupSizes& g) {
+  const int last = g.num_devices - 1;
+  const size_t choices = size_t(g.max_tokens) * g.top_k;
+  std::vector<Region> regions = {
+      {l.control, l.control + sizeof(Control)},
+      {l.Header(0, 0), l.Header(1, last) + 8},
+      {l.MetaFlag(0, 0), l.MetaFlag(last, kMetaParts - 1) + 8},
+      {l.ChunkFlag(0, 0, 0),
+       l.ChunkFlag(1, last, (g.max_tokens + kSumChunkTokens - 1) / kSumChunkTokens - 1) + 8},
+      {l.block_counts, l.block_counts + size_t{kMaxBlocks} * g.num_local_experts * 4},
+      {l.Ids(0, 0), l.Ids(1, last) + choices * 4},
+      {l.Weights(0, 0), l.Weights(1, last) + choices * 4},
+      {l.Row(0, 0, 0), l.Row(1, last, g.max_tokens - 1) + g.row_bytes},
+  };
+  if (g.puts) {
+    regions.push_back(
+        {l.StagedRow(0, 0, 0),
+         l.StagedValues(kMaxBlocks - 1, kChunkSlots - 1, kSumChunkTokens - 1) + g.top_k * 4});
+  }
+  return regions;
+}
+
+TEST(RegionsAreAlignedAndApart) {
+  for (const GroupSizes& sizes : kSizes) {
+    const Layout layout(sizes);
+    size_t end = 0;
+    for (const Region& region : Reached(layout, sizes)) {
+      CHECK_EQ(region.begin % 256, size_t{0});
+      CHECK(region.begin >= end);
+      end = region.end;
+    }
+    CHECK(layout.bytes >= end);
+    CHECK(layout.bytes < end + 256);
+  }
+}
+
+// Bulk copies and vectors of a kernel need 16 bytes.
+TEST(RowsAreAligned) {
+  for (const GroupSizes& sizes : kSizes) {
+    const Layout layout(sizes);
+    for (int token : {0, 1, sizes.max_tokens - 1}) {
+      CHECK_EQ(layout.Row(1, sizes.num_devices - 1, token) % 16, size_t{0});
+    }
+    if (sizes.puts) CHECK_EQ(layout.StagedRow(3, 1, 2) % 16, size_t{0});
+  }
+}
+
+// Two halves of R rows of each token, and little else.
+TEST(HeapOfEightDevices) {
+  const Layout layout({8, 32, 4096, 8, 14336, 0});
+  const double rows = 2.0 * 8 * 4096 * 14336;
+  CHECK(layout.bytes >= rows);
+  CHECK(layout.bytes < 1.02 * rows);
+  CHECK(layout.bytes < 1.1 * (1 << 30));
+}
+
+}  // namespace
+}  // namespace jaxmoe::cuda
