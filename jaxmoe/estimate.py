@@ -133,7 +133,7 @@ class Estimate:
 
 
 # Layout constants of xla_ffi/cuda/layout.h; a test compiles it and compares.
-_CHUNK_TOKENS, _META_PARTS, _MAX_BLOCKS, _MAX_TEAMS, _CONTROL_BYTES = 4, 16, 160, 2, 4096
+_CHUNK_TOKENS, _META_PARTS, _MAX_BLOCKS, _CHUNK_SLOTS, _CONTROL_BYTES = 4, 16, 160, 8, 4096
 # Bytes of a choice's id and weight, and of a parameter in training: float32 weights, gradient and
 # two moments of AdamW.
 _CHOICE_BYTES, _TRAINED_BYTES = 8, 16
@@ -185,7 +185,7 @@ def heap_bytes(
         2 * num_devices * choices * 4,
         2 * num_devices * choices * 4,
         2 * num_devices * max_tokens * row_bytes,
-        _MAX_BLOCKS * _MAX_TEAMS * staged if puts else 0,
+        _MAX_BLOCKS * _CHUNK_SLOTS * staged if puts else 0,
     )
     return sum(map(_align, regions))
 

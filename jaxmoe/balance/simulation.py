@@ -157,6 +157,9 @@ def rows_per_token(
 ) -> tuple[float, float]:
     """Rows that a token sends to other devices, and to other nodes: one per token and device."""
     on_node = min(config.devices_per_node, config.num_devices)
+    # Room for as many replicas as there are, rounded up so that few programs are compiled.
+    most = 1 << int(np.max(placement.counts) - 1).bit_length()
+    placement = dataclasses.replace(placement, expert_slots=placement.expert_slots[:, :most])
     counts = _count_rows(config.num_devices, on_node, placement, jnp.asarray(expert_ids))
     num_tokens = expert_ids.shape[0] * expert_ids.shape[1]
     devices, nodes = (float(np.sum(np.asarray(c, np.int64))) / num_tokens for c in counts)
