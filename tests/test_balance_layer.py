@@ -238,11 +238,20 @@ def test_bad_placements_of_a_layer():
         MoEConfig(group, 6, devices_per_node=3)
     with pytest.raises(ValueError, match=r"^MoE: router.num_nodes \(4\) must be the 8 devices"):
         MoEConfig(group, 6, devices_per_node=4, router=RouterConfig(num_nodes=4, top_nodes=2))
-    layer = jaxmoe.MoE(group, 6, num_experts=10, rngs=nnx.Rngs(0))
+
+    def set_placement(placement: balance.Placement, num_experts: int | None = 10) -> None:
+        """On a layer without values, which take seconds to draw."""
+
+        def make() -> None:
+            layer = jaxmoe.MoE(group, 6, num_experts=num_experts, rngs=nnx.Rngs(0))
+            layer.set_placement(placement)
+
+        nnx.eval_shape(make)
+
     with pytest.raises(ValueError, match=r"^`MoE.set_placement`: it places 16 experts"):
-        layer.set_placement(balance.contiguous(16))
+        set_placement(balance.contiguous(16))
     few = balance.placement_of(balance.contiguous(10, 16).slot_experts, 10, max_replicas=2)
     with pytest.raises(ValueError, match=r"room for 2 replicas of an expert, the layer's for 7"):
-        layer.set_placement(few)
+        set_placement(few)
     with pytest.raises(ValueError, match=r"this layer has no placement. Make it with num_experts"):
-        jaxmoe.MoE(group, 6, rngs=nnx.Rngs(0)).set_placement(balance.contiguous(16))
+        set_placement(balance.contiguous(16), num_experts=None)

@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import examples_support  # noqa: F401
 import numpy as np
 import pytest
 from placements import random_placement, zipf
 
+import plots as example_plots
 from jaxmoe import balance, cli
 from jaxmoe.balance import MoveRule, Simulation, plots, simulate, synthetic_loads
 from jaxmoe.balance.loads import PATTERNS, draw_choices, recorded_loads
@@ -156,6 +158,16 @@ def test_pictures_of_statistics(tmp_path: Path):
     for name in ("load", "max", "traffic"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.new.png"))
+
+
+def test_pictures_of_a_training_run(tmp_path: Path):
+    """What examples/trainer.py draws from its records, also before the first record of loads."""
+    example_plots.draw_balance([{"step": 1, "loss": 1.0}], tmp_path)
+    example_plots.draw_balance([{"step": 1, "tokens_per_expert": []}], tmp_path)  # a dense model
+    assert not list(tmp_path.iterdir())
+    records = [{"step": s, "tokens_per_expert": [[1, 2, s], [3, 4, 5]]} for s in range(20)]
+    example_plots.draw_balance(records, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["imbalance.png", "load.png"]
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
