@@ -50,7 +50,8 @@ function(jaxmoe_cuda_library name)
   target_link_libraries(${name} PRIVATE jaxmoe_options)
   # For the .cc files; nvcc itself knows where they are, wherever it was installed.
   target_include_directories(${name} SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
-  target_compile_options(${name} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall>)
+  # Lines of the sources for profilers and compute-sanitizer; they change no instruction.
+  target_compile_options(${name} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall;-lineinfo>)
   if(JAXMOE_WERROR)
     target_compile_options(${name} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>)
   endif()
