@@ -94,7 +94,7 @@ def placed(params: dict[str, Any], placement: balance.Placement) -> dict[str, An
         ("data_expert", "zipf", 1, {}),
         ("tuple", "uniform", 0, dict(exact_replicas=True, devices_per_node=2)),
         ("reversed", "masked", 0, {}),  # as many slots as experts
-        ("no_mesh", "zipf", 0, {}),
+        ("no_mesh", "uniform", 0, {}),
     ],
 )
 def test_replicas_change_nothing(name: str, routing: str, num_empty: int, options: dict[str, Any]):
