@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 # Extras of pyproject.toml that this environment gets.
-EXTRAS ?= examples test dev
+EXTRAS ?= balance examples test dev
 RUN ?= runs/demo
 SANITIZE ?=
 
@@ -84,7 +84,7 @@ smoke-newest:
 	if [ -z "$$python" ]; then \
 	  echo 'smoke-newest: skipped, no Python >= 3.12 with venv on PATH or in pyenv (the newest JAX needs one)'; \
 	else \
-	  $(MAKE) --no-print-directory VENV=.venv-newest PYTHON="$$python" EXTRAS='examples test' smoke; \
+	  $(MAKE) --no-print-directory VENV=.venv-newest PYTHON="$$python" EXTRAS='balance examples test' smoke; \
 	fi
 
 .PHONY: smoke

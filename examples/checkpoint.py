@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
-PICTURES = ("loss.png", "experts.png")
+PICTURES = ("loss.png", "experts.png", "load.png", "imbalance.png")
 
 
 class CheckpointError(RuntimeError):

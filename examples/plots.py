@@ -13,8 +13,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from jaxmoe.balance import plots as balance_plots
+
 # More columns than this cannot be told apart in the picture.
 _MAX_COLUMNS = 400
+# The newest records whose mean is the load of `draw_balance`.
+_RECENT = 10
 
 
 def draw_loss(records: list[dict[str, Any]], path: Path) -> None:
@@ -61,6 +65,15 @@ def draw_experts(records: list[dict[str, Any]], path: Path) -> None:
     axes.set(xlabel="step", title=f"Load of the {num_experts} experts of each layer")
     figure.colorbar(shown, label="tokens / even share", extend="max")
     _save(figure, path)
+
+
+def draw_balance(records: list[dict[str, Any]], folder: Path) -> None:
+    """Load of each expert by layer, and the busiest one's by the mean, over the newest records."""
+    loads = [r["tokens_per_expert"] for r in records if r.get("tokens_per_expert")]
+    if loads:
+        recent = np.mean(loads[-_RECENT:], axis=0)
+        balance_plots.draw_load(recent, folder / "load.png")
+        balance_plots.draw_imbalance({"experts": recent}, folder / "imbalance.png")
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

@@ -4,7 +4,8 @@
     python examples/pretrain.py --preset tiny --train.steps 50
     python examples/pretrain.py --run-dir runs/demo --resume
 
-The run's folder gets its settings, metrics.jsonl, loss.png, experts.png and checkpoints.
+The run's folder gets its settings, metrics.jsonl, pictures (loss.png, experts.png, load.png,
+imbalance.png) and checkpoints.
 """
 
 from __future__ import annotations

@@ -222,6 +222,7 @@ class Trainer:
             records = read_metrics(self.config.folder / METRICS_FILE)
             plots.draw_loss(records, self.config.folder / "loss.png")
             plots.draw_experts(records, self.config.folder / "experts.png")
+            plots.draw_balance(records, self.config.folder)
 
     def _save(self) -> None:
         """Begins a checkpoint of the present step, once it is known to be sound."""

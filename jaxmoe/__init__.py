@@ -22,7 +22,11 @@ _HOME = {
     "update_bias": "jaxmoe.routing",
 }
 
+_MODULES = ("balance", "estimate", "losses")
+
 if TYPE_CHECKING:
+    from jaxmoe import balance as balance
+    from jaxmoe import estimate as estimate
     from jaxmoe import losses as losses
     from jaxmoe.group import ExpertParallel as ExpertParallel
     from jaxmoe.layer import MoEStats as MoEStats
@@ -39,12 +43,12 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> object:
-        if name == "losses":
-            return importlib.import_module("jaxmoe.losses")
+        if name in _MODULES:
+            return importlib.import_module(f"jaxmoe.{name}")
         if name not in _HOME:
             raise AttributeError(f"module 'jaxmoe' has no attribute {name!r}")
         value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
         return value
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *_HOME, "losses"})
+        return sorted({*globals(), *_HOME, *_MODULES})

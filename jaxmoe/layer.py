@@ -14,6 +14,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jaxmoe import losses
+from jaxmoe.balance.choice import choose_replicas, locality_of, near_replicas, tie_replicas
+from jaxmoe.balance.placement import Placement, check_placement
+from jaxmoe.balance.statistics import Observation, observe
 from jaxmoe.experts import swiglu, swiglu_experts
 from jaxmoe.group import ExpertParallel
 from jaxmoe.ops import combine, dispatch
@@ -34,6 +37,7 @@ class MoEStats:
       entropy: [] float32 mean entropy of the router's scores, in nats; log(E) is uniform.
       load_balance_loss, z_loss, sequence_loss: [] float32, see `jaxmoe.losses`. Not added to
         anything: multiply with your coefficient and add to the loss.
+      load: what `jaxmoe.balance.update` adds up, with `observe_load`; else None.
     """
 
     tokens_per_expert: Int32[Array, " E"]
@@ -42,6 +46,7 @@ class MoEStats:
     load_balance_loss: Float32[Array, ""]
     z_loss: Float32[Array, ""]
     sequence_loss: Float32[Array, ""]
+    load: Observation | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +62,12 @@ class MoEConfig:
       token_axes: mesh axes over which tokens are sharded, the expert axes among them; None means
         all.
       site: name of the layer's exchanges, see `jaxmoe.dispatch`.
+      num_experts: E, experts that the router knows; None for one per slot. The group's
+        `num_experts` are the slots, of which a busy expert can have several (`jaxmoe.balance`).
+      devices_per_node: consecutive devices of the expert axis that share a node, for the choice of
+        replicas and the router's locality options; None: no nodes.
+      exact_replicas: of `jaxmoe.balance.choose_replicas`.
+      observe_load: count for `MoEStats.load`, which costs an [E, T] x [T, E] product.
     """
 
     group: ExpertParallel
@@ -66,6 +77,10 @@ class MoEConfig:
     router: RouterConfig = RouterConfig()
     token_axes: tuple[str, ...] | None = None
     site: str | None = None
+    num_experts: int | None = None
+    devices_per_node: int | None = None
+    exact_replicas: bool = False
+    observe_load: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.group, ExpertParallel):
@@ -88,12 +103,39 @@ class MoEConfig:
                 f"expert axis {self.group.axis}: every device routes its own tokens."
             )
         object.__setattr__(self, "token_axes", axes)
+        _check_replication(self)
+
+    @property
+    def num_router_experts(self) -> int:
+        """E: experts that the router knows."""
+        return self.num_experts or self.group.num_experts
 
     @property
     def num_token_shards(self) -> int:
         """Devices over which the tokens of a call are spread."""
         sizes = dict(self.group.spec.axis_sizes)
         return math.prod(sizes[a] for a in self.token_axes or ())
+
+
+def _check_replication(config: MoEConfig) -> None:
+    group, experts = config.group, config.num_router_experts
+    if not group.top_k <= experts <= group.num_experts:
+        raise ValueError(
+            f"MoE: num_experts ({experts}) must lie between the group's top_k ({group.top_k}) and "
+            f"its {group.num_experts} slots. Make the group with num_experts=the slots of all "
+            "devices, at least one for each expert."
+        )
+    per_node, nodes = config.devices_per_node, config.router.num_nodes
+    if per_node is not None and (per_node < 1 or group.num_devices % per_node):
+        raise ValueError(
+            f"MoE: devices_per_node ({per_node}) must divide the {group.num_devices} devices of "
+            "the group. Leave it None where all devices are equally near."
+        )
+    if nodes > 1 and nodes != group.num_devices // (per_node or group.num_devices):
+        raise ValueError(
+            f"MoE: router.num_nodes ({nodes}) must be the {group.num_devices} devices of the group "
+            f"by devices_per_node ({per_node}). Set devices_per_node."
+        )
 
 
 class ParamSpec(NamedTuple):
@@ -107,15 +149,17 @@ class ParamSpec(NamedTuple):
 def param_specs(config: MoEConfig) -> dict[str, ParamSpec]:
     """The layer's parameters. Experts are sharded over the expert axis, the rest is replicated.
 
+    With fewer experts than slots, slot p starts with expert p mod E (`jaxmoe.balance.contiguous`).
+
     Matrices are drawn from a truncated normal of variance 1 / fan-in (Le Cun 1998).
     """
     group, hidden = config.group, config.hidden_dim
     axis = None if group.mesh is None else group.axis if len(group.axis) > 1 else group.axis[0]
     one = jax.nn.initializers.lecun_normal()
-    each = jax.nn.initializers.lecun_normal(batch_axis=(0,))
+    each = _replicated(jax.nn.initializers.lecun_normal(batch_axis=(0,)), config)
     experts, dim = group.num_experts, group.dim
     specs = {
-        "router": ParamSpec((dim, experts), one, (None, None)),
+        "router": ParamSpec((dim, config.num_router_experts), one, (None, None)),
         "gate": ParamSpec((experts, dim, hidden), each, (axis, None, None)),
         "up": ParamSpec((experts, dim, hidden), each, (axis, None, None)),
         "down": ParamSpec((experts, hidden, dim), each, (axis, None, None)),
@@ -128,6 +172,19 @@ def param_specs(config: MoEConfig) -> dict[str, ParamSpec]:
     return specs
 
 
+def _replicated(init: Initializer, config: MoEConfig) -> Initializer:
+    """`init` for the experts, and further slots that repeat the first of them."""
+    num_experts, num_slots = config.num_router_experts, config.group.num_experts
+    if num_experts == num_slots:
+        return init
+
+    def repeated(key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        drawn = init(key, (num_experts, *shape[1:]), dtype)
+        return drawn[jnp.arange(num_slots) % num_experts]
+
+    return repeated
+
+
 def moe_layer(
     config: MoEConfig,
     params: Params,
@@ -136,6 +193,7 @@ def moe_layer(
     bias: Float32[Array, " E"] | None = None,
     mask: Bool[Array, "*tokens"] | None = None,
     key: jax.Array | None = None,
+    placement: Placement | None = None,
 ) -> tuple[Float[Array, "*tokens D"], MoEStats]:
     """`y = sum over chosen experts of weight * SwiGLU_e(x) + SwiGLU_shared(x)`.
 
@@ -152,6 +210,9 @@ def moe_layer(
       mask: [...] True for real tokens; the others go to no expert and get the shared experts'
         output only.
       key: for the router's jitter; None switches jitter off (evaluation).
+      placement: which expert each row of `gate`, `up` and `down` is. Replicas of an expert must
+        hold equal weights; they get equal gradients, the sum over all. Data, not part of the
+        compiled program: another placement needs no other one. None: slot e holds expert e.
 
     Returns:
       y, shaped and typed like x; the statistics over all devices.
@@ -164,18 +225,35 @@ def moe_layer(
         )
     if mask is not None and mask.shape != x.shape[:-1]:
         raise ValueError(f"MoE: mask must have shape {list(x.shape[:-1])}, got {list(mask.shape)}.")
+    _check_placed(config, placement)
     if x.size == 0:  # XLA's compilers fail on collectives of empty arrays
-        return x, _no_stats(group)
+        return x, _no_stats(config)
     body = functools.partial(_local_layer, config)
     if group.mesh is None or _inside_shard_map(group):
-        return body(params, x, bias, mask, key)
-    return _sharded(config, body)(params, x, bias, mask, key)
+        return body(params, x, bias, mask, key, placement)
+    return _sharded(config, body)(params, x, bias, mask, key, placement)
 
 
-def _no_stats(group: ExpertParallel) -> MoEStats:
-    zero = jnp.zeros((), jnp.float32)
-    counts = jnp.zeros(group.num_experts, jnp.int32)
-    return MoEStats(counts, jnp.zeros((), jnp.int32), zero, zero, zero, zero)
+def _check_placed(config: MoEConfig, placement: Placement | None) -> None:
+    experts, slots = config.num_router_experts, config.group.num_experts
+    if placement is not None:
+        check_placement(placement, num_experts=experts, num_slots=slots, name="MoE placement")
+    elif experts != slots:
+        raise ValueError(
+            f"MoE: {experts} experts share {slots} slots, but placement is None. Pass "
+            "`jaxmoe.balance.contiguous(...)` at first, later what `place` made."
+        )
+
+
+def _no_stats(config: MoEConfig) -> MoEStats:
+    zero, experts = jnp.zeros((), jnp.float32), config.num_router_experts
+    counts, none = jnp.zeros(experts, jnp.int32), jnp.zeros((), jnp.int32)
+    load = None
+    if config.observe_load:
+        devices = config.group.num_devices
+        shapes = ((experts,), (experts, experts), (devices, devices))
+        load = Observation(*(jnp.zeros(shape, jnp.float32) for shape in shapes))
+    return MoEStats(counts, none, zero, zero, zero, zero, load)
 
 
 def _inside_shard_map(group: ExpertParallel) -> bool:
@@ -189,7 +267,7 @@ def _sharded(config: MoEConfig, body: Any) -> Any:
     tokens = PartitionSpec(config.token_axes)
     specs = {name: PartitionSpec(*spec.sharding) for name, spec in param_specs(config).items()}
 
-    def call(params: Params, x: Any, bias: Any, mask: Any, key: Any) -> Any:
+    def call(params: Params, x: Any, bias: Any, mask: Any, key: Any, placement: Any) -> Any:
         if x.shape[0] % config.num_token_shards:
             raise ValueError(
                 f"MoE: the first dimension of x ({x.shape[0]}) must be a multiple of the "
@@ -197,14 +275,15 @@ def _sharded(config: MoEConfig, body: Any) -> Any:
                 f"devices of mesh axes {config.token_axes} that share the tokens. Pad the batch "
                 f"and pass a mask."
             )
-        in_specs = ({k: specs[k] for k in params}, tokens, PartitionSpec(), tokens, PartitionSpec())
+        whole = PartitionSpec()
+        in_specs = ({k: specs[k] for k in params}, tokens, whole, tokens, whole, whole)
         mapped = jax.shard_map(
             body,
             mesh=group.mesh,
             in_specs=in_specs,
             out_specs=(tokens, PartitionSpec()),
         )
-        return mapped(*_reshard(group, (params, x, bias, mask, key), in_specs))
+        return mapped(*_reshard(group, (params, x, bias, mask, key, placement), in_specs))
 
     return call
 
@@ -223,27 +302,29 @@ def _reshard(group: ExpertParallel, args: Any, specs: Any) -> Any:
 
 
 def _local_layer(
-    config: MoEConfig, params: Params, x: Any, bias: Any, mask: Any, key: Any
+    config: MoEConfig,
+    params: Params,
+    x: Any,
+    bias: Any,
+    mask: Any,
+    key: Any,
+    placement: Placement | None,
 ) -> tuple[jax.Array, MoEStats]:
     """One device's part of the layer."""
-    group, router = config.group, config.router
-    if key is None:
-        router = dataclasses.replace(router, jitter=0.0)
-    elif group.mesh is not None:  # devices draw different noise for their different tokens
-        key = jax.random.fold_in(key, jax.lax.axis_index(config.token_axes))
-
-    logits = x.astype(jnp.float32) @ params["router"].astype(jnp.float32)
-    routing = route(logits, group.top_k, router, bias=bias, mask=mask, key=key)
-    stats = _statistics(config, routing)
+    group = config.group
+    routing = _route(config, params["router"], x, bias, mask, key, placement)
+    ids = routing.expert_ids.reshape(-1, group.top_k)
+    slots = _slots(config, ids, placement)
+    stats = _statistics(config, routing, slots)
 
     tokens = x.reshape(-1, group.dim).astype(group.dtype)
-    weight = {name: p.astype(group.dtype) for name, p in params.items() if name != "router"}
+    experts = {name: params[name] for name in ("gate", "up", "down")}
+    if placement is not None:
+        experts = tie_replicas(experts, placement, _rank(group), group.axis)
+    rest = {name: p for name, p in params.items() if name.startswith("shared")}
+    weight = {name: p.astype(group.dtype) for name, p in (experts | rest).items()}
     rows, row_weights, plan = dispatch(
-        group,
-        tokens,
-        routing.expert_ids.reshape(-1, group.top_k),
-        routing.weights.reshape(-1, group.top_k),
-        site=config.site,
+        group, tokens, slots, routing.weights.reshape(-1, group.top_k), site=config.site
     )
     expert_rows = swiglu_experts(
         rows,
@@ -260,10 +341,71 @@ def _local_layer(
     return y.reshape(x.shape).astype(x.dtype), dataclasses.replace(stats, num_dropped=dropped)
 
 
-def _statistics(config: MoEConfig, routing: Routing) -> MoEStats:
+def _route(
+    config: MoEConfig,
+    router: jax.Array,
+    x: Any,
+    bias: Any,
+    mask: Any,
+    key: Any,
+    placement: Placement | None,
+) -> Routing:
+    group, options, locality = config.group, config.router, None
+    if key is None:
+        options = dataclasses.replace(options, jitter=0.0)
+    elif group.mesh is not None:  # devices draw different noise for their different tokens
+        key = jax.random.fold_in(key, jax.lax.axis_index(config.token_axes))
+    if options.needs_locality:
+        locality = locality_of(
+            placement,
+            _rank(group),
+            num_experts=config.num_router_experts,
+            num_devices=group.num_devices,
+            devices_per_node=config.devices_per_node,
+        )
+    logits = x.astype(jnp.float32) @ router.astype(jnp.float32)
+    return route(logits, group.top_k, options, bias=bias, mask=mask, key=key, locality=locality)
+
+
+def _slots(config: MoEConfig, ids: jax.Array, placement: Placement | None) -> jax.Array:
+    """Where the choices [T, K] go."""
+    if placement is None:
+        return ids
+    near = near_replicas(
+        placement,
+        _rank(config.group),
+        num_devices=config.group.num_devices,
+        devices_per_node=config.devices_per_node,
+    )
+    return choose_replicas(near, ids, exact=config.exact_replicas)
+
+
+def _rank(group: ExpertParallel) -> jax.Array:
+    """This device's index on the expert axis."""
+    if group.mesh is None:
+        return jnp.zeros((), jnp.int32)
+    return jax.lax.axis_index(group.axis)
+
+
+def _observe(config: MoEConfig, ids: jax.Array, slots: jax.Array) -> Observation | None:
+    group = config.group
+    if not config.observe_load:
+        return None
+    return observe(
+        ids,
+        slots,
+        num_experts=config.num_router_experts,
+        num_slots=group.num_experts,
+        num_devices=group.num_devices,
+        device=_rank(group),
+        axis_name=config.token_axes or None,
+    )
+
+
+def _statistics(config: MoEConfig, routing: Routing, slots: jax.Array) -> MoEStats:
     axes = config.token_axes or None
     routed = routing.expert_ids[..., 0] >= 0
-    counts = count_tokens_per_expert(routing.expert_ids, config.group.num_experts)
+    counts = count_tokens_per_expert(routing.expert_ids, config.num_router_experts)
     return MoEStats(
         tokens_per_expert=_sum(config, counts),
         num_dropped=jnp.zeros((), jnp.int32),
@@ -275,6 +417,7 @@ def _statistics(config: MoEConfig, routing: Routing) -> MoEStats:
         sequence_loss=losses.sequence_balance_loss(
             routing.scores, routing.expert_ids, axis_name=axes
         ),
+        load=_observe(config, routing.expert_ids.reshape(slots.shape), slots),
     )
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
+from jaxmoe.balance.placement import Placement
 from jaxmoe.group import ExpertParallel
 from jaxmoe.layer import MoEConfig, MoEStats, moe_layer, param_specs
 from jaxmoe.routing import RouterConfig
@@ -30,6 +31,10 @@ class MoE(nn.Module):
     use_bias: bool = False
     param_dtype: Any = jnp.float32
     token_axes: tuple[str, ...] | None = None
+    num_experts: int | None = None
+    devices_per_node: int | None = None
+    exact_replicas: bool = False
+    observe_load: bool = False
 
     @nn.compact
     def __call__(
@@ -38,8 +43,13 @@ class MoE(nn.Module):
         *,
         mask: Bool[Array, "*tokens"] | None = None,
         key: jax.Array | None = None,
+        placement: Placement | None = None,
     ) -> tuple[Float[Array, "*tokens D"], MoEStats]:
-        """The layer's output, shaped and typed like `x`, and its statistics."""
+        """The layer's output, shaped and typed like `x`, and its statistics.
+
+        With `num_experts`, `placement` says which expert lies in which slot; keep it beside the
+        parameters (`jaxmoe.balance.contiguous` to begin with).
+        """
         config = MoEConfig(
             self.group,
             self.hidden_dim,
@@ -48,6 +58,10 @@ class MoE(nn.Module):
             self.router,
             self.token_axes,
             site="/".join(self.path),
+            num_experts=self.num_experts,
+            devices_per_node=self.devices_per_node,
+            exact_replicas=self.exact_replicas,
+            observe_load=self.observe_load,
         )
         params = {}
         for name, spec in param_specs(config).items():
@@ -57,6 +71,6 @@ class MoE(nn.Module):
             params[name] = self.param(name, init, spec.shape, self.param_dtype)
         bias = None
         if self.use_bias:
-            zeros = jnp.zeros(self.group.num_experts, jnp.float32)
+            zeros = jnp.zeros(config.num_router_experts, jnp.float32)
             bias = self.variable("router", "bias", lambda: zeros).value
-        return moe_layer(config, params, x, bias=bias, mask=mask, key=key)
+        return moe_layer(config, params, x, bias=bias, mask=mask, key=key, placement=placement)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from jaxmoe.balance.placement import Placement, check_placement, contiguous
 from jaxmoe.group import ExpertParallel
 from jaxmoe.layer import MoEConfig, MoEStats, moe_layer, param_specs
 from jaxmoe.routing import RouterConfig, update_bias
@@ -16,6 +17,10 @@ from jaxmoe.routing import RouterConfig, update_bias
 
 class RouterBias(nnx.Variable):
     """The router's selection bias: state that `MoE.update_bias` moves, not a trained parameter."""
+
+
+class PlacementArray(nnx.Variable):
+    """An array of the layer's `Placement`: state that `MoE.set_placement` changes, not trained."""
 
 
 class MoE(nnx.Module):
@@ -27,7 +32,9 @@ class MoE(nnx.Module):
 
     Parameters (E experts, D = group.dim, F = hidden_dim): `router` [D, E]; `gate`, `up` [E, D, F]
     and `down` [E, F, D], sharded over the expert axis; `shared_gate`, `shared_up`, `shared_down`
-    with shared experts; `router_bias` [E] (a `RouterBias`) with `use_bias=True`.
+    with shared experts; `router_bias` [E] (a `RouterBias`) with `use_bias=True`. With
+    `num_experts`, `gate`, `up` and `down` have a row for each of the group's slots instead, and
+    `slot_experts`, `expert_slots` and `expert_counts` (`PlacementArray`s) say which expert it is.
 
     Args:
       group: devices, sizes, dtype of the computation and transport; share it among layers.
@@ -39,6 +46,10 @@ class MoE(nnx.Module):
         (DeepSeek-V3).
       param_dtype: dtype of the parameters; they are cast to `group.dtype` for the computation.
       token_axes: mesh axes over which tokens are sharded; None means all axes of the mesh.
+      num_experts: E, experts that the router knows, where busy ones are to have replicas; the
+        group's `num_experts` are then the slots of all devices (see `jaxmoe.balance`). None: the
+        group's, each in the slot of its number for good.
+      devices_per_node, exact_replicas, observe_load: see `jaxmoe.layer.MoEConfig`.
       rngs: for the initial values (stream "params").
     """
 
@@ -53,6 +64,10 @@ class MoE(nnx.Module):
         use_bias: bool = False,
         param_dtype: Any = jnp.float32,
         token_axes: tuple[str, ...] | None = None,
+        num_experts: int | None = None,
+        devices_per_node: int | None = None,
+        exact_replicas: bool = False,
+        observe_load: bool = False,
         rngs: nnx.Rngs,
     ):
         self.config = MoEConfig(
@@ -63,12 +78,59 @@ class MoE(nnx.Module):
             router or RouterConfig(),
             token_axes,
             site=f"MoE {next(group.layer_numbers)}",
+            num_experts=num_experts,
+            devices_per_node=devices_per_node,
+            exact_replicas=exact_replicas,
+            observe_load=observe_load,
         )
         for name, spec in param_specs(self.config).items():
             value = spec.init(rngs.params(), spec.shape, param_dtype)
             setattr(self, name, nnx.Param(value, **_metadata(group, spec.sharding)))
-        bias = jnp.zeros(group.num_experts, jnp.float32)
+        bias = jnp.zeros(self.config.num_router_experts, jnp.float32)
         self.router_bias = RouterBias(bias, **_metadata(group, (None,))) if use_bias else None
+        arrays: dict[str, Any] = dict.fromkeys(("slot_experts", "expert_slots", "expert_counts"))
+        if num_experts is not None:
+            placement = contiguous(num_experts, group.num_experts)
+            for name, array in _named(placement).items():
+                metadata = _metadata(group, (None,) * array.ndim)
+                arrays[name] = PlacementArray(jnp.asarray(array), **metadata)
+        self.slot_experts = arrays["slot_experts"]
+        self.expert_slots = arrays["expert_slots"]
+        self.expert_counts = arrays["expert_counts"]
+
+    @property
+    def placement(self) -> Placement | None:
+        """Which expert lies in which slot; None without `num_experts`."""
+        if self.slot_experts is None or self.expert_slots is None or self.expert_counts is None:
+            return None
+        return Placement(self.slot_experts[...], self.expert_slots[...], self.expert_counts[...])
+
+    def set_placement(self, placement: Placement) -> None:
+        """Take over a placement. The weights must lie accordingly: move them with `migrate`.
+
+        Raises:
+          ValueError: a placement of another model or number of devices, or with another M than the
+            layer's, which would need another program.
+        """
+        old = self.placement
+        if old is None:
+            raise ValueError(
+                "MoE.set_placement: this layer has no placement. Make it with num_experts=..., and "
+                "the group with as many experts as slots."
+            )
+        check_placement(
+            placement,
+            num_experts=old.num_experts,
+            num_slots=old.num_slots,
+            name="MoE.set_placement",
+        )
+        if placement.max_replicas != old.max_replicas:
+            raise ValueError(
+                f"MoE.set_placement: the placement has room for {placement.max_replicas} replicas "
+                f"of an expert, the layer's for {old.max_replicas}. Make it without max_replicas."
+            )
+        for name, array in _named(placement).items():
+            getattr(self, name)[...] = jnp.asarray(array)
 
     def __call__(
         self,
@@ -87,7 +149,9 @@ class MoE(nnx.Module):
         """
         params = {name: getattr(self, name)[...] for name in param_specs(self.config)}
         bias = None if self.router_bias is None else self.router_bias[...]
-        return moe_layer(self.config, params, x, bias=bias, mask=mask, key=key)
+        return moe_layer(
+            self.config, params, x, bias=bias, mask=mask, key=key, placement=self.placement
+        )
 
     def update_bias(self, stats: MoEStats, rate: float) -> None:
         """Move the selection bias against the load seen in `stats` (see `jaxmoe.update_bias`)."""
@@ -98,3 +162,12 @@ class MoE(nnx.Module):
 
 def _metadata(group: ExpertParallel, sharding: tuple[Any, ...]) -> dict[str, Any]:
     return {} if group.mesh is None else {"out_sharding": sharding, "mesh": group.mesh}
+
+
+def _named(placement: Placement) -> dict[str, Any]:
+    """The arrays of a placement by the names of the layer's variables."""
+    return {
+        "slot_experts": placement.slot_experts,
+        "expert_slots": placement.expert_slots,
+        "expert_counts": placement.counts,
+    }

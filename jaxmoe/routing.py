@@ -39,6 +39,16 @@ class RouterConfig:
         jitter: training noise: logits are multiplied by draws from U(1 - jitter, 1 + jitter);
             `route` then needs a key. 0 means none. (After Switch Transformer, arXiv 2101.03961,
             which multiplies the router's input instead.)
+        device_penalty: taken off the value that selects an expert on another device, in the unit of
+            that value (the score; the logit with ``topk_first``). Like a bias it never enters a
+            weight. This and the next four need `Locality`.
+        node_penalty: the same for an expert on another node, on top of ``device_penalty``.
+        local_slack: two stages. First the experts of this device whose value is at most so much
+            below the value of the token's last choice otherwise; then, for the choices left, the
+            best of the rest. None: one stage.
+        num_nodes: nodes that the devices of the expert axis form.
+        top_nodes: only experts of a token's best ``top_nodes`` nodes can be chosen; a node's score
+            is that of a group (node-limited routing, DeepSeek-V3).
 
     Raises:
         ValueError: for a value out of its range.
@@ -51,6 +61,17 @@ class RouterConfig:
     num_groups: int = 1
     top_groups: int = 1
     jitter: float = 0.0
+    device_penalty: float = 0.0
+    node_penalty: float = 0.0
+    local_slack: float | None = None
+    num_nodes: int = 1
+    top_nodes: int = 1
+
+    @property
+    def needs_locality(self) -> bool:
+        """Whether `route` must know where the experts are."""
+        penalties = bool(self.device_penalty or self.node_penalty)
+        return penalties or self.local_slack is not None or self.top_nodes < self.num_nodes
 
     def __post_init__(self) -> None:
         if self.score not in get_args(Score):
@@ -77,9 +98,33 @@ class RouterConfig:
                 f"`RouterConfig`: jitter ({self.jitter}) must be at least 0 and below 1, so that "
                 "no logit changes sign. Typical is 0.01; use 0.0 for no noise."
             )
+        for name in ("device_penalty", "node_penalty", "local_slack"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ValueError(
+                    f"`RouterConfig`: {name} ({value}) must be finite and at least 0. Use "
+                    f"{'None' if name == 'local_slack' else '0.0'} to switch it off."
+                )
+        if not 1 <= self.top_nodes <= self.num_nodes:
+            raise ValueError(
+                f"`RouterConfig`: top_nodes ({self.top_nodes}) must lie between 1 and num_nodes "
+                f"({self.num_nodes}). Use num_nodes=1, top_nodes=1 to choose among all nodes."
+            )
 
 
 _DEFAULT_CONFIG = RouterConfig()
+
+
+class Locality(NamedTuple):
+    """Where the experts are, seen from one device; see `jaxmoe.balance.locality_of`.
+
+    Attributes:
+        distance: ``[E]`` 0: on this device, 1: on another of its node, 2: on another node.
+        node: ``[E]`` the expert's node, from 0 to ``num_nodes - 1``.
+    """
+
+    distance: Int32[Array, " experts"]
+    node: Int32[Array, " experts"]
 
 
 class Routing(NamedTuple):
@@ -108,6 +153,7 @@ def route(
     bias: Float[Array, " experts"] | None = None,
     mask: Bool[Array, "*tokens"] | None = None,
     key: jax.Array | None = None,
+    locality: Locality | None = None,
 ) -> Routing:
     """Chooses ``top_k`` experts for each token and weighs them.
 
@@ -126,6 +172,7 @@ def route(
         mask: ``[...]``, False for a token that must choose no expert. None: all tokens count.
         key: PRNG key of the jitter noise; unused without jitter. Inside ``shard_map`` fold the
             device's axis index into it, or all devices draw the same noise.
+        locality: where the experts are; needed by the options that say so in `RouterConfig`.
 
     Returns:
         A `Routing`. Gradients reach the logits through ``weights``, ``scores`` and ``logits``.
@@ -140,9 +187,11 @@ def route(
     Raises:
         TypeError: logits that are not floating point, a mask that is not boolean.
         ValueError: shapes that do not fit, ``top_k`` above the number of experts a token can choose
-            from, E not divisible by ``num_groups``, jitter without a key.
+            from, E not divisible by ``num_groups``, jitter without a key, locality options without
+            `Locality`.
     """
     _check(logits, top_k, config, bias, mask)
+    _check_locality(logits.shape[-1], top_k, config, locality)
     logits = logits.astype(jnp.float32)
     active = jnp.any(logits != -jnp.inf, axis=-1)
     if mask is not None:
@@ -155,7 +204,7 @@ def route(
     # The sum also makes -0.0 a 0.0; top_k would rank it lower, and the two must tie.
     logits += jnp.where(broken, jnp.nan, 0.0)
 
-    expert_ids, chosen = _select(logits, top_k, config, bias)
+    expert_ids, chosen = _select(logits, top_k, config, bias, locality)
     weights = config.scale * _weights(logits, expert_ids, chosen, config)
     chosen &= active[..., None]
     return Routing(
@@ -245,7 +294,11 @@ def _weights(logits: Array, expert_ids: Array, chosen: Array, config: RouterConf
 
 
 def _select(
-    logits: Array, top_k: int, config: RouterConfig, bias: Array | None
+    logits: Array,
+    top_k: int,
+    config: RouterConfig,
+    bias: Array | None,
+    locality: Locality | None,
 ) -> tuple[Array, Array]:
     """The ids [..., K] of each token's experts, and whether each is a choice at all.
 
@@ -255,13 +308,38 @@ def _select(
     values = logits if config.topk_first else _scores(logits, config)
     if bias is not None:
         values += bias.astype(jnp.float32)
+    if locality is not None and (config.device_penalty or config.node_penalty):
+        values -= config.device_penalty * (locality.distance > 0).astype(jnp.float32)
+        values -= config.node_penalty * (locality.distance > 1).astype(jnp.float32)
     values = lax.stop_gradient(values)
     values = jnp.where(values > _LAST_RESORT, values, _LAST_RESORT)  # false for NaN too
     values = jnp.where(logits == -jnp.inf, -jnp.inf, values)
     if config.top_groups < config.num_groups:
         values = _keep_top_groups(values, config)
+    if locality is not None and config.top_nodes < config.num_nodes:
+        values = _keep_top_nodes(values, locality.node, config)
     best, expert_ids = lax.top_k(values, top_k)
+    if locality is not None and config.local_slack is not None:
+        near = locality.distance == 0
+        best, expert_ids = _local_first(values, best, expert_ids, near, config.local_slack)
     return expert_ids, best > -jnp.inf
+
+
+def _local_first(
+    values: Array, best: Array, expert_ids: Array, near: Array, slack: float
+) -> tuple[Array, Array]:
+    """Choices [..., K] with the near experts that are good enough before all others."""
+    top_k = best.shape[-1]
+    good = near & (values >= best[..., -1:] - slack) & (values > -jnp.inf)
+    stages = [lax.top_k(jnp.where(w, values, -jnp.inf), top_k) for w in (good, ~good)]
+    found, ids = (jnp.concatenate(parts, -1) for parts in zip(*stages, strict=True))
+    # The first stage may have found fewer than K: the second one's best follow them.
+    num_good = jnp.minimum(jnp.sum(good, -1, keepdims=True), top_k)
+    place = jnp.arange(top_k)
+    taken = jnp.where(place < num_good, place, top_k + place - num_good)
+    found, ids = (jnp.take_along_axis(a, taken, -1) for a in (found, ids))
+    best, order = lax.top_k(found, top_k)
+    return best, jnp.take_along_axis(ids, order, -1)
 
 
 def _keep_top_groups(values: Array, config: RouterConfig) -> Array:
@@ -274,6 +352,40 @@ def _keep_top_groups(values: Array, config: RouterConfig) -> Array:
     _, group_ids = lax.top_k(group_scores, config.top_groups)
     kept = jnp.any(group_ids[..., None] == jnp.arange(config.num_groups), axis=-2)
     return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(values.shape)
+
+
+def _keep_top_nodes(values: Array, node: Array, config: RouterConfig) -> Array:
+    """Sets the values [..., E] outside each token's best nodes to -inf."""
+    on_node = node == jnp.arange(config.num_nodes)[:, None]
+    per_node = jnp.where(on_node, values[..., None, :], -jnp.inf)
+    best, _ = lax.top_k(per_node, min(2, values.shape[-1]))
+    second = jnp.where(best[..., 1:] > -jnp.inf, best[..., 1:], 0.0)
+    _, kept = lax.top_k(best[..., 0] + jnp.sum(second, axis=-1), config.top_nodes)
+    return jnp.where(jnp.any(kept[..., None] == node, axis=-2), values, -jnp.inf)
+
+
+def _check_locality(
+    num_experts: int, top_k: int, config: RouterConfig, locality: Locality | None
+) -> None:
+    if not config.needs_locality:
+        return
+    if locality is None:
+        raise ValueError(
+            "`route`: the router has device_penalty, node_penalty, local_slack or top_nodes, but "
+            "locality is None. Give `jaxmoe.balance.locality_of(...)`; `MoE` does so itself."
+        )
+    for name, array in locality._asdict().items():
+        if array.shape != (num_experts,):
+            raise ValueError(
+                f"`route`: locality.{name} has shape {array.shape}; wanted ({num_experts},), one "
+                "value per expert. Make it for the experts of this router."
+            )
+    selectable = num_experts // config.num_nodes * config.top_nodes
+    if config.top_nodes < config.num_nodes and top_k > selectable:
+        raise ValueError(
+            f"`route`: top_k ({top_k}) is more than the {selectable} experts that top_nodes="
+            f"{config.top_nodes} of num_nodes={config.num_nodes} have. Raise top_nodes."
+        )
 
 
 def _check(

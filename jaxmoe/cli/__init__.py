@@ -15,6 +15,8 @@ COMMANDS = {
     "launch": ("jaxmoe.cli.launch", "run a script in several processes, one for each GPU"),
     "doctor": ("jaxmoe.cli.doctor", "show what this machine has and which transports work"),
     "bench": ("jaxmoe.cli.bench", "measure dispatch and combine on this machine"),
+    "estimate": ("jaxmoe.cli.estimate", "bytes, memory and floor times of a model on a machine"),
+    "simulate": ("jaxmoe.cli.simulate", "compare placements of experts under a load over time"),
 }
 
 
