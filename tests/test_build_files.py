@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("common", "cpu", "cuda", "nvshmem", "tests")
+FOLDERS = ("common", "cpu", "cuda", "gemm", "nvshmem", "tests")
 
 
 def cmake_globs(text: str) -> dict[str, set[str]]:
