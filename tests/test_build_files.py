@@ -21,7 +21,7 @@ def bazel_globs(text: str) -> dict[str, set[str]]:
     patterns: set[str] = set()
 
     def glob(include: list[str], **_: object) -> list[str]:
-        patterns.update(pattern for pattern in include if not pattern.endswith(".h"))
+        patterns.update(pattern for pattern in include if not pattern.endswith((".h", ".cuh")))
         return [str(path.relative_to(ROOT)) for pattern in include for path in ROOT.glob(pattern)]
 
     def ignore(*_: object, **__: object) -> None:

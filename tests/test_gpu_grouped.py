@@ -35,7 +35,7 @@ CASES = {
     ),
     "every_width": (2176, 64, 128, tuple(range(1, 272, 17))),
 }
-# One rounding to bfloat16 (2**-9) of float32 sums, relative to the size of their terms: sums of
+# One rounding to bfloat16 (2**-8) of float32 sums, relative to the size of their terms: sums of
 # terms with both signs may be smaller than what was rounded on the way to them.
 TOLERANCE = 2**-8
 
@@ -139,7 +139,7 @@ def test_fused_experts(case: str):
         want[0][at], want[1][at] = y_g, d_x
         for total, d in zip(want[2:], d_weights, strict=True):
             total[group] = d
-    # The hidden values and their gradients are rounded on the way, each to 2**-9.
+    # The hidden values and their gradients are rounded on the way, each to 2**-8.
     for name, got, w in zip(("y", "rows", "gate", "up", "down"), (y, *grads), want, strict=True):
         scale = max(1.0, float(np.sqrt(np.mean(w**2))))
         np.testing.assert_allclose(wide(got), w, rtol=2**-5, atol=2**-5 * scale, err_msg=name)

@@ -264,7 +264,7 @@ int main(int argc, char** argv) {
   const int num_sms = device.multiProcessorCount;
   std::printf("%s, %d multiprocessors\n", device.name, num_sms);
   if (what != "time") {
-    std::printf("largest |error| / (|value| + 1); bf16 rounds to %.5f\n", 0x1p-9);
+    std::printf("largest |error| / (|value| + 1); bf16 rounds to %.5f\n", 0x1p-8);
     std::printf("             forward      d_x      d_w   swiglu  x gate, x up\n");
     CheckProblem("one row", {{1, 8, 8, 1}, {1}}, num_sms);
     CheckProblem("no rows", {{40, 64, 64, 2}, {0, 0}}, num_sms);

@@ -4,6 +4,8 @@
 #ifndef JAXMOE_XLA_FFI_GEMM_LAYOUT_CUH_
 #define JAXMOE_XLA_FFI_GEMM_LAYOUT_CUH_
 
+#include <cuda_runtime.h>
+
 #include <cstdint>
 
 namespace jaxmoe::gemm {

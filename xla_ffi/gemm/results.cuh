@@ -6,6 +6,8 @@
 
 #include <cuda_bf16.h>
 
+#include <cstring>
+
 #include "xla_ffi/gemm/kernel.cuh"
 
 namespace jaxmoe::gemm {
@@ -15,6 +17,17 @@ constexpr int kPacked = kAccumulators / 2;
 constexpr int kPackedHalf = kPacked / 2;
 // Packed registers of 16 columns.
 constexpr int kPackedStep = 4;
+
+__device__ __forceinline__ uint32_t BitsOf(__nv_bfloat162 pair) {
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof(bits));
+  return bits;
+}
+__device__ __forceinline__ __nv_bfloat162 PairOf(uint32_t bits) {
+  __nv_bfloat162 pair;
+  memcpy(&pair, &bits, sizeof(pair));
+  return pair;
+}
 
 // A thread's place among the threads that multiply.
 struct Place {
@@ -32,10 +45,8 @@ __device__ __forceinline__ void SyncMultipliers() {
 
 __device__ __forceinline__ void Pack(const float (&d)[kAccumulators], uint32_t (&packed)[kPacked]) {
 #pragma unroll
-  for (int i = 0; i < kPacked; ++i) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(d[2 * i], d[2 * i + 1]);
-    packed[i] = reinterpret_cast<const uint32_t&>(pair);
-  }
+  for (int i = 0; i < kPacked; ++i)
+    packed[i] = BitsOf(__floats2bfloat162_rn(d[2 * i], d[2 * i + 1]));
 }
 
 // Swizzled address of 16-byte piece `piece` of a row.
@@ -78,11 +89,9 @@ __device__ __forceinline__ void WriteAllTokens(const Shared& shared, const Place
 }
 
 __device__ __forceinline__ uint32_t Swiglu(uint32_t gate, uint32_t up) {
-  const float2 a = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(gate));
-  const float2 b = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(up));
-  const __nv_bfloat162 h =
-      __floats2bfloat162_rn(a.x * b.x / (1 + __expf(-a.x)), a.y * b.y / (1 + __expf(-a.y)));
-  return reinterpret_cast<const uint32_t&>(h);
+  const float2 a = __bfloat1622float2(PairOf(gate)), b = __bfloat1622float2(PairOf(up));
+  return BitsOf(
+      __floats2bfloat162_rn(a.x * b.x / (1 + __expf(-a.x)), a.y * b.y / (1 + __expf(-a.y))));
 }
 
 // The first warpgroup holds x gate and the second x up, rounded, of the same features. Each gives
