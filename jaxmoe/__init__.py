@@ -18,6 +18,7 @@ _HOME = {
     "Routing": "jaxmoe.routing",
     "combine": "jaxmoe.ops",
     "dispatch": "jaxmoe.ops",
+    "grouped_matmul": "jaxmoe.products",
     "route": "jaxmoe.routing",
     "update_bias": "jaxmoe.routing",
 }
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from jaxmoe.ops import combine as combine
     from jaxmoe.ops import dispatch as dispatch
     from jaxmoe.plan import Plan as Plan
+    from jaxmoe.products import grouped_matmul as grouped_matmul
     from jaxmoe.routing import RouterConfig as RouterConfig
     from jaxmoe.routing import Routing as Routing
     from jaxmoe.routing import route as route

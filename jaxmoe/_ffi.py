@@ -28,6 +28,13 @@ if TYPE_CHECKING:
 
 CONFIG_FIELDS = ("group", "site", "num_devices", "num_experts", "top_k")
 TARGETS = ("jaxmoe_dispatch", "jaxmoe_combine", "jaxmoe_dispatch_grad", "jaxmoe_combine_grad")
+PRODUCT_TARGETS = (
+    "jaxmoe_grouped_matmul",
+    "jaxmoe_grouped_input_grad",
+    "jaxmoe_grouped_weight_grad",
+    "jaxmoe_grouped_swiglu",
+    "jaxmoe_grouped_swiglu_saving",
+)
 I32, F32 = jnp.int32, jnp.float32
 
 
@@ -47,6 +54,13 @@ def register(
         jax.ffi.register_ffi_type(name, registration, platform=platform)
     for target in TARGETS:
         jax.ffi.register_ffi_target(target + suffix, handlers[target], platform=platform)
+
+
+def register_products(lib: Any) -> None:
+    """Make the handlers of the library of grouped products known to XLA."""
+    for target in PRODUCT_TARGETS:
+        handler = jax.ffi.pycapsule(getattr(lib, target))
+        jax.ffi.register_ffi_target(target, handler, platform="CUDA")
 
 
 def dispatch(
@@ -128,6 +142,53 @@ def combine_grad(
     outputs = ((expert_rows.shape, expert_rows.dtype), (row_weights.shape, F32))
     d_rows, d_row_weights = _call("jaxmoe_combine_grad", group, site, operands, outputs)
     return d_rows, d_row_weights
+
+
+def grouped_matmul(
+    x: Float[Array, "C D"], w: Float[Array, "L D F"], group_sizes: Int32[Array, " L"]
+) -> Float[Array, "C F"]:
+    """Rows times the matrix of their group; zeros past the last group."""
+    return _product("jaxmoe_grouped_matmul", (x, w, group_sizes), (x.shape[0], w.shape[2]))[0]
+
+
+def grouped_input_grad(
+    d_y: Float[Array, "C F"], w: Float[Array, "L D F"], group_sizes: Int32[Array, " L"]
+) -> Float[Array, "C D"]:
+    """Rows times the transposed matrix of their group; zeros past the last group."""
+    shape = (d_y.shape[0], w.shape[1])
+    return _product("jaxmoe_grouped_input_grad", (d_y, w, group_sizes), shape)[0]
+
+
+def grouped_weight_grad(
+    x: Float[Array, "C D"], d_y: Float[Array, "C F"], group_sizes: Int32[Array, " L"]
+) -> Float[Array, "L D F"]:
+    """`x_g^T d_y_g` over the rows of each group."""
+    shape = (group_sizes.shape[0], x.shape[1], d_y.shape[1])
+    return _product("jaxmoe_grouped_weight_grad", (x, d_y, group_sizes), shape)[0]
+
+
+def grouped_swiglu(
+    x: Float[Array, "C D"],
+    gate: Float[Array, "L D F"],
+    up: Float[Array, "L D F"],
+    group_sizes: Int32[Array, " L"],
+    *,
+    save: bool,
+) -> list[Float[Array, "C F"]]:
+    """[silu(x gate) * (x up)], and with `save` x gate and x up after it."""
+    target = "jaxmoe_grouped_swiglu_saving" if save else "jaxmoe_grouped_swiglu"
+    shape = (x.shape[0], gate.shape[2])
+    return _product(target, (x, gate, up, group_sizes), *[shape] * (3 if save else 1))
+
+
+def _product(
+    target: str, operands: tuple[jax.Array, ...], *shapes: tuple[int, ...]
+) -> list[jax.Array]:
+    like = jax.typeof(operands[0])
+    outputs = [like.update(shape=shape) for shape in shapes]
+    counter = like.update(shape=(1,), dtype=jnp.dtype(I32))  # scratch: the next tile's number
+    call = jax.ffi.ffi_call(target, [*outputs, counter], vmap_method="sequential")
+    return list(call(*operands))[:-1]
 
 
 def _call(

@@ -1,10 +1,11 @@
 """The experts' computation: SwiGLU over rows that are grouped by expert.
 
-Two backends. "blocked" walks over blocks of rows that belong to one expert, in a loop whose length
-depends on the data, so that work and memory follow the rows in use and not the capacity.
-"ragged_dot" is `jax.lax.ragged_dot`, which XLA lowers on the host to a dense product over all
-experts, L times the work, and which is slow on GPUs: one H200, jax 0.11.2, 131,000 rows of 2048 for
-32 experts of 1024, forward: 92 ms, against 6 ms in blocks of 2048 rows
+Backends as for `jaxmoe.grouped_matmul`. "cuda" computes gate, up and SwiGLU in one product.
+"blocked" walks over blocks of rows that belong to one expert, in a loop whose length depends on the
+data, so that work and memory follow the rows in use and not the capacity. "ragged_dot" is
+`jax.lax.ragged_dot`, which XLA lowers on the host to a dense product over all experts, L times the
+work, and which is slow on GPUs: one H200, jax 0.11.2, 131,000 rows of 2048 for 32 experts of 1024,
+forward: 92 ms, against 6 ms in blocks of 2048 rows
 (benchmarks/results/2026-11-22-experts-H200.txt).
 """
 
@@ -15,13 +16,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
 from jaxmoe._vma import vary_alike, zeros_alike
+from jaxmoe.products import choose_backend, cuda, ragged
+from jaxmoe.products.blocks import Blocks
 
-BACKENDS = ("auto", "blocked", "ragged_dot")
-I32, F32 = jnp.int32, jnp.float32
+F32 = jnp.float32
+# Names of what "cuda" keeps for the gradient, for policies of `jax.checkpoint`.
+GATE_NAME, UP_NAME = "jaxmoe_expert_gate", "jaxmoe_expert_up"
 
 
 def swiglu(
@@ -51,41 +55,70 @@ def swiglu_experts(
       group_sizes: [L] rows of each expert; rows past their sum belong to nobody.
       gate, up, down: the experts' weights in the dtype of `rows`.
       block_rows: rows per step of the "blocked" backend; about the rows of a typical expert.
-      backend: "blocked", "ragged_dot" or "auto" (blocked on CPUs and GPUs, ragged_dot elsewhere).
+      backend: "cuda", "blocked", "ragged_dot" or "auto", as for `jaxmoe.grouped_matmul`. With
+        "cuda" the gradient keeps rows @ gate and rows @ up, named `GATE_NAME` and `UP_NAME` for
+        policies of `jax.checkpoint`.
 
     Returns:
       [C, D] in the dtype of `rows`.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"swiglu_experts: backend must be one of {BACKENDS}, got {backend!r}.")
+    backend = choose_backend(backend, rows.dtype, gate.shape[1:]).backend
     if rows.shape[0] == 0:
         return rows
-    if backend == "auto":
-        backend = "blocked" if jax.default_backend() in ("cpu", "gpu") else "ragged_dot"
     operands = vary_alike((rows, group_sizes, gate, up, down))
+    if backend == "cuda":
+        return _fused(*operands)
     if backend == "ragged_dot":
         return _ragged(*operands)
     return _blocked(min(block_rows, rows.shape[0]), *operands)
 
 
+@jax.custom_vjp
+def _fused(rows: Any, group_sizes: Any, gate: Any, up: Any, down: Any) -> Any:
+    hidden = cuda.swiglu(rows, gate, up, group_sizes, save=False)[0]
+    return cuda.forward(hidden, down, group_sizes)
+
+
+def _fused_fwd(rows: Any, group_sizes: Any, gate: Any, up: Any, down: Any) -> Any:
+    hidden, a, b = cuda.swiglu(rows, gate, up, group_sizes, save=True)
+    a, b = checkpoint_name(a, GATE_NAME), checkpoint_name(b, UP_NAME)
+    return cuda.forward(hidden, down, group_sizes), (rows, group_sizes, gate, up, down, a, b)
+
+
+def _fused_bwd(residuals: Any, d_y: Any) -> Any:
+    """As for `_blocked_bwd`, with all rows at once; h is computed again from a and b."""
+    rows, group_sizes, gate, up, down, a, b = residuals
+    hidden, vjp = jax.vjp(lambda a, b: _activate(a, b).astype(rows.dtype), a, b)
+    d_a, d_b = vjp(cuda.input_grad(d_y, down, group_sizes))
+    d_rows = cuda.input_grad(d_a, gate, group_sizes) + cuda.input_grad(d_b, up, group_sizes)
+    d_gate = cuda.weight_grad(rows, d_a, group_sizes)
+    d_up = cuda.weight_grad(rows, d_b, group_sizes)
+    return d_rows, None, d_gate, d_up, cuda.weight_grad(hidden, d_y, group_sizes)
+
+
+def _activate(a: Any, b: Any) -> Any:
+    """In float32, as the kernel does it: rounded once."""
+    return jax.nn.silu(a.astype(F32)) * b.astype(F32)
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd)
+
+
 def _ragged(rows: Any, group_sizes: Any, gate: Any, up: Any, down: Any) -> Any:
-    dot = functools.partial(lax.ragged_dot, group_sizes=group_sizes)
+    dot = functools.partial(ragged.forward, group_sizes=group_sizes)
     hidden = jax.nn.silu(dot(rows, gate)) * dot(rows, up)
     return dot(hidden, down)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _blocked(block: int, rows: Any, group_sizes: Any, gate: Any, up: Any, down: Any) -> Any:
-    blocks = _Blocks(group_sizes, rows.shape[0], block)
+    blocks = Blocks(group_sizes, rows.shape[0], block)
 
-    def step(carry: Any) -> Any:
-        i, out = carry
-        expert, start, used = blocks.at(i)
-        new = swiglu(_slice(rows, start, block), gate[expert], up[expert], down[expert])
-        return i + 1, _update(out, new, start, used)
+    def step(out: Any, expert: Any, start: Any, used: Any) -> Any:
+        new = swiglu(blocks.read(rows, start), gate[expert], up[expert], down[expert])
+        return blocks.write(out, new, start, used)
 
-    first = (zeros_alike(blocks.count), zeros_alike(rows))
-    return lax.while_loop(lambda carry: carry[0] < blocks.count, step, first)[1]
+    return blocks.fold(step, zeros_alike(rows))
 
 
 def _blocked_fwd(block: int, rows: Any, group_sizes: Any, gate: Any, up: Any, down: Any) -> Any:
@@ -103,62 +136,19 @@ def _blocked_bwd(block: int, residuals: Any, d_out: Any) -> Any:
     gradients add up in float32.
     """
     rows, group_sizes, *weights = residuals
-    blocks = _Blocks(group_sizes, rows.shape[0], block)
+    blocks = Blocks(group_sizes, rows.shape[0], block)
 
-    def step(carry: Any) -> Any:
-        i, d_rows, totals = carry
-        expert, start, used = blocks.at(i)
-        x = jnp.where(used, _slice(rows, start, block), jnp.zeros((), rows.dtype))
-        d_y = jnp.where(used, _slice(d_out, start, block), jnp.zeros((), d_out.dtype))
+    def step(state: Any, expert: Any, start: Any, used: Any) -> Any:
+        d_rows, totals = state
+        x, d_y = blocks.read_used(rows, start, used), blocks.read_used(d_out, start, used)
         _, vjp = jax.vjp(swiglu, x, *(w[expert] for w in weights))
         d_x, *d_block = vjp(d_y)
         totals = [t.at[expert].add(d.astype(F32)) for t, d in zip(totals, d_block, strict=True)]
-        return i + 1, _update(d_rows, d_x, start, used), totals
+        return blocks.write(d_rows, d_x, start, used), totals
 
-    first = (
-        zeros_alike(blocks.count),
-        zeros_alike(d_out),
-        [zeros_alike(w, F32) for w in weights],
-    )
-    _, d_rows, totals = lax.while_loop(lambda carry: carry[0] < blocks.count, step, first)
+    first = (zeros_alike(d_out), [zeros_alike(w, F32) for w in weights])
+    d_rows, totals = blocks.fold(step, first)
     return d_rows, None, *(t.astype(w.dtype) for t, w in zip(totals, weights, strict=True))
 
 
 _blocked.defvjp(_blocked_fwd, _blocked_bwd)
-
-
-class _Blocks:
-    """Blocks of at most `size` consecutive rows of one expert, in the order of the rows."""
-
-    def __init__(self, group_sizes: jax.Array, capacity: int, size: int):
-        ends = jnp.cumsum(group_sizes, dtype=I32)
-        per_expert = (group_sizes + I32(size - 1)) // I32(size)
-        last = jnp.cumsum(per_expert, dtype=I32)
-        index = jnp.arange(capacity // size + group_sizes.shape[0], dtype=I32)
-        expert = jnp.searchsorted(last, index, side="right").astype(I32)
-        self._expert = jnp.minimum(expert, I32(group_sizes.shape[0] - 1))
-        nth = index - (last - per_expert)[self._expert]
-        self._start = (ends - group_sizes)[self._expert] + nth * I32(size)
-        self._end = ends[self._expert]
-        self._last_start = capacity - size
-        self._size = size
-        self.count = last[-1]
-
-    def at(self, i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Expert of block i, the first row to slice, and which of the sliced rows are the block's.
-
-        A slice that would run past the buffer is moved back, so it may begin before the block does.
-        """
-        start = jnp.minimum(self._start[i], I32(self._last_start))
-        row = start + jnp.arange(self._size, dtype=I32)
-        used = (row >= self._start[i]) & (row < self._end[i])
-        return self._expert[i], start, used[:, None]
-
-
-def _slice(a: jax.Array, start: jax.Array, size: int) -> jax.Array:
-    return lax.dynamic_slice_in_dim(a, start, size)
-
-
-def _update(a: jax.Array, new: jax.Array, start: jax.Array, used: jax.Array) -> jax.Array:
-    kept = jnp.where(used, new, _slice(a, start, new.shape[0]))
-    return lax.dynamic_update_slice_in_dim(a, kept, start, 0)

@@ -20,6 +20,7 @@ from jaxmoe.balance.statistics import Observation, observe
 from jaxmoe.experts import swiglu, swiglu_experts
 from jaxmoe.group import ExpertParallel
 from jaxmoe.ops import combine, dispatch
+from jaxmoe.products import choose_backend
 from jaxmoe.routing import RouterConfig, Routing, count_tokens_per_expert, route
 
 Params = dict[str, jax.Array]
@@ -333,6 +334,7 @@ def _local_layer(
         weight["up"],
         weight["down"],
         block_rows=_block_rows(group, tokens.shape[0]),
+        backend=_backend(config),
     )
     y = combine(group, expert_rows, row_weights, plan, site=config.site)
     if config.num_shared_experts:
@@ -439,3 +441,12 @@ def _block_rows(group: ExpertParallel, num_tokens: int) -> int:
 
 def _platform(group: ExpertParallel) -> str:
     return jax.default_backend() if group.mesh is None else group.mesh.devices.flat[0].platform
+
+
+def _backend(config: MoEConfig) -> str:
+    """What "auto" is on the group's devices, which need not be JAX's default ones."""
+    group = config.group
+    if group.mesh is None:
+        return "auto"
+    widths = (group.dim, config.hidden_dim)
+    return choose_backend("auto", group.dtype, widths, group.mesh.devices.flat[0]).backend

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("common", "cpu", "cuda", "nvshmem", "tests")
+FOLDERS = ("common", "cpu", "cuda", "gemm", "nvshmem", "tests")
 
 
 def cmake_globs(text: str) -> dict[str, set[str]]:
@@ -21,7 +21,7 @@ def bazel_globs(text: str) -> dict[str, set[str]]:
     patterns: set[str] = set()
 
     def glob(include: list[str], **_: object) -> list[str]:
-        patterns.update(pattern for pattern in include if not pattern.endswith(".h"))
+        patterns.update(pattern for pattern in include if not pattern.endswith((".h", ".cuh")))
         return [str(path.relative_to(ROOT)) for pattern in include for path in ROOT.glob(pattern)]
 
     def ignore(*_: object, **__: object) -> None:

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from jaxmoe.group import GroupSpec
 
 _MESSAGE_BYTES = 1024
-_VARIABLES = {"cuda": "JAXMOE_CUDA_LIBRARY", "nvshmem": "JAXMOE_NVSHMEM_LIBRARY"}
+_VARIABLES = {
+    "cuda": "JAXMOE_CUDA_LIBRARY",
+    "nvshmem": "JAXMOE_NVSHMEM_LIBRARY",
+    "gemm": "JAXMOE_GEMM_LIBRARY",
+}
 
 
 class GroupSizes(ctypes.Structure):
@@ -49,7 +53,7 @@ def load(name: str) -> tuple[Any, str]:
     """The library "cuda" or "nvshmem" with its handlers registered, or None and the reason."""
     path = library_path(name)
     if path is None:
-        return None, f"jaxmoe was installed without it: {_build_status()}"
+        return None, f"jaxmoe was installed without it: {build_status()}"
     try:
         lib = ctypes.CDLL(str(path))
     except OSError as error:
@@ -77,7 +81,7 @@ def _places() -> list[Path]:
     return [package / "lib" for package in packages]
 
 
-def _build_status() -> str:
+def build_status() -> str:
     texts = (place / "cuda_library.txt" for place in _places())
     return next((text.read_text().strip() for text in texts if text.exists()), "reinstall it")
 

@@ -1,6 +1,6 @@
-# libjaxmoe_cuda.so, and with NVSHMEM libjaxmoe_nvshmem.so: the CUDA handlers and kernels, without a
-# Python symbol, so that Python can load them (ctypes) only where a GPU platform exists. Needs nvcc to
-# build and nothing of CUDA to import jaxmoe.
+# libjaxmoe_cuda.so, with NVSHMEM libjaxmoe_nvshmem.so, and libjaxmoe_gemm.so: the CUDA handlers and
+# kernels, without a Python symbol, so that Python can load them (ctypes) only where a GPU platform
+# exists. Needs nvcc to build and nothing of CUDA to import jaxmoe.
 
 # Says whether the library is built, and why not. pip hides CMake's messages, so the sentence is also
 # installed as jaxmoe/lib/cuda_library.txt, for the Makefile and for the errors of the Python package.
@@ -44,9 +44,8 @@ set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 enable_language(CUDA)
 
-# One set of sources, two libraries: see jaxmoe/transport for when each is loaded.
 function(jaxmoe_cuda_library name)
-  add_library(${name} SHARED ${JAXMOE_COMMON_SOURCES} ${JAXMOE_CUDA_SOURCES} ${ARGN})
+  add_library(${name} SHARED ${ARGN})
   target_link_libraries(${name} PRIVATE jaxmoe_options)
   # For the .cc files; nvcc itself knows where they are, wherever it was installed.
   target_include_directories(${name} SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
@@ -58,7 +57,13 @@ function(jaxmoe_cuda_library name)
   install(TARGETS ${name} LIBRARY DESTINATION jaxmoe/lib)
 endfunction()
 
-jaxmoe_cuda_library(jaxmoe_cuda)
+# One set of sources, two libraries: see jaxmoe/transport for when each is loaded.
+jaxmoe_cuda_library(jaxmoe_cuda ${JAXMOE_COMMON_SOURCES} ${JAXMOE_CUDA_SOURCES})
+# Hopper's tensor cores have instructions that no other architecture knows.
+if(CMAKE_CUDA_ARCHITECTURES MATCHES "90a")
+  jaxmoe_cuda_library(jaxmoe_gemm ${JAXMOE_GEMM_SOURCES})
+  set_target_properties(jaxmoe_gemm PROPERTIES CUDA_ARCHITECTURES 90a-real)
+endif()
 include(cmake/Nvshmem.cmake)
 jaxmoe_cuda_status(
   "CUDA library built for ${CMAKE_CUDA_ARCHITECTURES} with CUDA ${CMAKE_CUDA_COMPILER_VERSION}; ${JAXMOE_NVSHMEM_STATUS}")

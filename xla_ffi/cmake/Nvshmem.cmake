@@ -21,7 +21,8 @@ string(REGEX MATCHALL "[0-9]+" nvshmem_version "${nvshmem_version}")
 string(REPLACE ";" "." nvshmem_version "${nvshmem_version}")
 
 find_library(nvshmem_host NAMES libnvshmem_host.so.3 PATHS "${nvshmem_dir}/lib" NO_DEFAULT_PATH REQUIRED)
-jaxmoe_cuda_library(jaxmoe_nvshmem ${JAXMOE_NVSHMEM_SOURCES})
+jaxmoe_cuda_library(
+  jaxmoe_nvshmem ${JAXMOE_COMMON_SOURCES} ${JAXMOE_CUDA_SOURCES} ${JAXMOE_NVSHMEM_SOURCES})
 target_compile_definitions(jaxmoe_nvshmem PRIVATE JAXMOE_NVSHMEM)
 target_include_directories(jaxmoe_nvshmem SYSTEM PRIVATE "${nvshmem_dir}/include")
 # Its headers warn.

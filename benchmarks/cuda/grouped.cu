@@ -1,0 +1,287 @@
+// Checks the grouped products against plain ones, and times them, without JAX.
+//
+//   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -I. -o grouped \
+//     benchmarks/cuda/grouped.cu xla_ffi/gemm/{products.cu,tensor_map.cc}
+//   ./grouped [check | time]
+//
+// A time is that of CUDA events around kCalls calls in a row, divided by their number. Data are
+// random (constant data draw less power and run faster), sizes of groups from Dirichlet(20).
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "xla_ffi/gemm/launch.h"
+
+using namespace jaxmoe::gemm;  // NOLINT: a program, not a header
+
+namespace {
+
+using Bf16 = __nv_bfloat16;
+constexpr int kCalls = 10;
+
+void Check(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  std::printf("CUDA: %s\n", cudaGetErrorString(error));
+  std::exit(1);
+}
+
+// Values of variance 1 from a hash of the place.
+__global__ void Fill(Bf16* data, int64_t n, uint32_t seed, float scale) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < n;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    uint32_t h = static_cast<uint32_t>(i * 2654435761u) ^ (seed * 0x9e3779b9u) ^
+                 static_cast<uint32_t>(i >> 32);
+    h ^= h >> 16, h *= 0x85ebca6bu, h ^= h >> 13, h *= 0xc2b2ae35u, h ^= h >> 16;
+    data[i] = __float2bfloat16((h * 0x1p-32f - 0.5f) * 3.4641f * scale);
+  }
+}
+
+struct Problem {
+  Shape shape;
+  std::vector<int32_t> sizes;
+};
+
+struct Arrays {
+  Bf16 *x, *w, *w2, *y, *d_y, *d_x, *d_w, *h, *a, *b;
+  int32_t *sizes, *counter;
+};
+
+template <typename T>
+T* Allocate(int64_t n, int byte) {
+  void* p = nullptr;
+  Check(cudaMalloc(&p, n * sizeof(T)));
+  Check(cudaMemset(p, byte, n * sizeof(T)));
+  return static_cast<T*>(p);
+}
+
+Bf16* Random(int64_t n, uint32_t seed, float scale) {
+  Bf16* p = Allocate<Bf16>(n, 0);
+  Fill<<<1024, 256>>>(p, n, seed, scale);
+  return p;
+}
+
+// Results begin as NaN, and so do rows of the operands that belong to no group.
+Arrays MakeArrays(const Problem& p, bool grads) {
+  const Shape& s = p.shape;
+  const int64_t rows = s.num_rows, weights = s.num_groups * s.dim * s.features;
+  Arrays a = {};
+  a.x = Random(rows * s.dim, 1, 1);
+  a.w = Random(weights, 2, 1 / std::sqrt(static_cast<float>(s.dim)));
+  a.y = Allocate<Bf16>(rows * s.features, 0xff);
+  if (grads) {
+    a.w2 = Random(weights, 3, 1 / std::sqrt(static_cast<float>(s.dim)));
+    a.d_y = Random(rows * s.features, 4, 1);
+    a.d_x = Allocate<Bf16>(rows * s.dim, 0xff);
+    a.d_w = Allocate<Bf16>(weights, 0xff);
+    a.h = Allocate<Bf16>(rows * s.features, 0xff);
+    a.a = Allocate<Bf16>(rows * s.features, 0xff);
+    a.b = Allocate<Bf16>(rows * s.features, 0xff);
+  }
+  int64_t used = 0;
+  for (const int32_t size : p.sizes) used += size;
+  Check(cudaMemset(a.x + used * s.dim, 0xff, (rows - used) * s.dim * sizeof(Bf16)));
+  if (grads) {
+    Check(cudaMemset(a.d_y + used * s.features, 0xff, (rows - used) * s.features * sizeof(Bf16)));
+  }
+  a.sizes = Allocate<int32_t>(s.num_groups, 0);
+  Check(cudaMemcpy(a.sizes, p.sizes.data(), s.num_groups * 4, cudaMemcpyHostToDevice));
+  a.counter = Allocate<int32_t>(1, 0xff);
+  return a;
+}
+
+void FreeArrays(const Arrays& a) {
+  void* const all[] = {a.x, a.w, a.w2, a.y, a.d_y, a.d_x, a.d_w, a.h, a.a, a.b, a.sizes, a.counter};
+  for (void* p : all) Check(cudaFree(p));
+}
+
+std::vector<float> ToHost(const Bf16* p, int64_t n) {
+  std::vector<Bf16> raw(n);
+  Check(cudaMemcpy(raw.data(), p, n * sizeof(Bf16), cudaMemcpyDeviceToHost));
+  std::vector<float> values(n);
+  for (int64_t i = 0; i < n; ++i) values[i] = __bfloat162float(raw[i]);
+  return values;
+}
+
+// Largest |got - want| / (|want| + 1); infinite for NaN.
+struct Worst {
+  double error = 0;
+  void Add(double got, double want) {
+    const double e = std::abs(got - want) / (std::abs(want) + 1);
+    error = e <= error ? error : std::isnan(e) ? INFINITY : e;
+  }
+};
+
+void CheckProblem(const char* name, const Problem& p, int num_sms) {
+  const Shape& s = p.shape;
+  const Arrays a = MakeArrays(p, true);
+  for (int call = 0; call < 2; ++call) {  // the second finds what the first has left
+    Check(LaunchForward(0, num_sms, s, a.x, a.w, a.sizes, a.y, a.counter));
+    Check(LaunchInputGrad(0, num_sms, s, a.d_y, a.w, a.sizes, a.d_x, a.counter));
+    Check(LaunchWeightGrad(0, num_sms, s, a.x, a.d_y, a.sizes, a.d_w, a.counter));
+    Check(LaunchSwiglu(0, num_sms, s, a.x, a.w, a.w2, a.sizes, a.h, a.a, a.b, a.counter));
+  }
+  Check(cudaDeviceSynchronize());
+  const int64_t rows = s.num_rows, dim = s.dim, features = s.features;
+  const int64_t weights = s.num_groups * dim * features;
+  const auto x = ToHost(a.x, rows * dim), w = ToHost(a.w, weights), w2 = ToHost(a.w2, weights);
+  const auto d_y = ToHost(a.d_y, rows * features), y = ToHost(a.y, rows * features);
+  const auto d_x = ToHost(a.d_x, rows * dim), d_w = ToHost(a.d_w, weights);
+  const auto h = ToHost(a.h, rows * features), ga = ToHost(a.a, rows * features),
+             gb = ToHost(a.b, rows * features);
+  Worst forward, input, weight, swiglu, saved;
+  int64_t begin = 0;
+  for (int64_t g = 0; g < s.num_groups; ++g) {
+    const int64_t end = begin + p.sizes[g];
+    const float *wg = &w[g * dim * features], *wu = &w2[g * dim * features];
+    std::vector<double> sum(features), sum2(features), total(dim * features);
+    for (int64_t r = begin; r < end; ++r) {
+      std::fill(sum.begin(), sum.end(), 0);
+      std::fill(sum2.begin(), sum2.end(), 0);
+      for (int64_t d = 0; d < dim; ++d) {
+        const double v = x[r * dim + d];
+        double back = 0;
+        for (int64_t f = 0; f < features; ++f) {
+          sum[f] += v * wg[d * features + f];
+          sum2[f] += v * wu[d * features + f];
+          back += double{d_y[r * features + f]} * wg[d * features + f];
+          total[d * features + f] += v * d_y[r * features + f];
+        }
+        input.Add(d_x[r * dim + d], back);
+      }
+      for (int64_t f = 0; f < features; ++f) {
+        forward.Add(y[r * features + f], sum[f]);
+        saved.Add(ga[r * features + f], sum[f]);
+        saved.Add(gb[r * features + f], sum2[f]);
+        swiglu.Add(h[r * features + f], sum[f] / (1 + std::exp(-sum[f])) * sum2[f]);
+      }
+    }
+    for (int64_t i = 0; i < dim * features; ++i) weight.Add(d_w[g * dim * features + i], total[i]);
+    begin = end;
+  }
+  for (int64_t r = begin; r < rows; ++r) {
+    for (int64_t d = 0; d < dim; ++d) input.Add(d_x[r * dim + d] == 0 ? 0 : NAN, 0);
+    for (int64_t f = 0; f < features; ++f) {
+      forward.Add(y[r * features + f] == 0 ? 0 : NAN, 0);
+      swiglu.Add(h[r * features + f] == 0 ? 0 : NAN, 0);
+      saved.Add(ga[r * features + f] == 0 && gb[r * features + f] == 0 ? 0 : NAN, 0);
+    }
+  }
+  std::printf("%-12s %8.5f %8.5f %8.5f %8.5f %8.5f\n", name, forward.error, input.error,
+              weight.error, swiglu.error, saved.error);
+  std::fflush(stdout);
+  FreeArrays(a);
+}
+
+std::vector<int32_t> Dirichlet(int64_t rows, int64_t num_groups, uint32_t seed) {
+  std::mt19937 rng(seed);
+  std::gamma_distribution<double> gamma(20);
+  std::vector<double> share(num_groups);
+  double sum = 0;
+  for (double& v : share) sum += v = gamma(rng);
+  std::vector<int32_t> sizes;
+  double before = 0;
+  for (const double v : share) {
+    const double after = before + v / sum * rows;
+    sizes.push_back(static_cast<int32_t>(std::lround(after) - std::lround(before)));
+    before = after;
+  }
+  return sizes;
+}
+
+template <typename Launch>
+double Microseconds(Launch launch) {
+  cudaEvent_t begin, end;
+  Check(cudaEventCreate(&begin));
+  Check(cudaEventCreate(&end));
+  for (int i = 0; i < 3; ++i) Check(launch());
+  Check(cudaEventRecord(begin));
+  for (int i = 0; i < kCalls; ++i) Check(launch());
+  Check(cudaEventRecord(end));
+  Check(cudaEventSynchronize(end));
+  float ms = 0;
+  Check(cudaEventElapsedTime(&ms, begin, end));
+  return ms * 1e3 / kCalls;
+}
+
+void TimeProblem(const Shape& s, int num_sms) {
+  const Problem p = {s, Dirichlet(s.num_rows, s.num_groups, 7)};
+  const Arrays a = MakeArrays(p, true);
+  const double flops = 2.0 * s.num_rows * s.dim * s.features;
+  const double weight_bytes = 2.0 * s.num_groups * s.dim * s.features;
+  const auto report = [&](const char* name, double scale, double us) {
+    std::printf("%7ld %5ld %5ld %4ld  %-9s %9.1f us %7.1f TFLOP/s  weights %6.0f GB/s\n",
+                static_cast<long>(s.num_rows), static_cast<long>(s.dim),
+                static_cast<long>(s.features), static_cast<long>(s.num_groups), name, us,
+                scale * flops / us * 1e-6, scale * weight_bytes / us * 1e-3);
+    std::fflush(stdout);
+  };
+  report("forward", 1, Microseconds([&] {
+           return LaunchForward(0, num_sms, s, a.x, a.w, a.sizes, a.y, a.counter);
+         }));
+  report("d_x", 1, Microseconds([&] {
+           return LaunchInputGrad(0, num_sms, s, a.d_y, a.w, a.sizes, a.d_x, a.counter);
+         }));
+  report("d_w", 1, Microseconds([&] {
+           return LaunchWeightGrad(0, num_sms, s, a.x, a.d_y, a.sizes, a.d_w, a.counter);
+         }));
+  if (s.features <= 2048) {
+    report("swiglu", 2, Microseconds([&] {
+             return LaunchSwiglu(0, num_sms, s, a.x, a.w, a.w2, a.sizes, a.h, nullptr, nullptr,
+                                 a.counter);
+           }));
+    report("swiglu+ab", 2, Microseconds([&] {
+             return LaunchSwiglu(0, num_sms, s, a.x, a.w, a.w2, a.sizes, a.h, a.a, a.b, a.counter);
+           }));
+  }
+  FreeArrays(a);
+}
+
+void TimeCopy() {
+  constexpr int64_t kBytes = int64_t{4} << 30;
+  char *from = Allocate<char>(kBytes, 1), *to = Allocate<char>(kBytes, 2);
+  const double us =
+      Microseconds([&] { return cudaMemcpyAsync(to, from, kBytes, cudaMemcpyDeviceToDevice, 0); });
+  std::printf("copy: %.0f GB/s read and written\n", 2 * kBytes / us * 1e-3);
+  Check(cudaFree(from));
+  Check(cudaFree(to));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::string what = argc > 1 ? argv[1] : "";
+  cudaDeviceProp device;
+  Check(cudaGetDeviceProperties(&device, 0));
+  const int num_sms = device.multiProcessorCount;
+  std::printf("%s, %d multiprocessors\n", device.name, num_sms);
+  if (what != "time") {
+    std::printf("largest |error| / (|value| + 1); bf16 rounds to %.5f\n", 0x1p-8);
+    std::printf("             forward      d_x      d_w   swiglu  x gate, x up\n");
+    CheckProblem("one row", {{1, 8, 8, 1}, {1}}, num_sms);
+    CheckProblem("no rows", {{40, 64, 64, 2}, {0, 0}}, num_sms);
+    CheckProblem("even", {{512, 256, 256, 2}, {256, 256}}, num_sms);
+    CheckProblem("uneven", {{300, 72, 136, 5}, {0, 1, 200, 0, 17}}, num_sms);
+    CheckProblem("one huge", {{1100, 128, 200, 3}, {3, 1061, 0}}, num_sms);
+    CheckProblem("many", {{999, 264, 72, 70}, Dirichlet(950, 70, 1)}, num_sms);
+    CheckProblem("wide", {{600, 136, 520, 3}, Dirichlet(600, 3, 2)}, num_sms);
+    CheckProblem("few blocks", {{700, 200, 264, 6}, Dirichlet(650, 6, 3)}, 4);
+  }
+  if (what != "check") {
+    TimeCopy();
+    TimeProblem({32768, 7168, 4096, 128}, num_sms);
+    TimeProblem({32768, 2048, 7168, 128}, num_sms);
+    TimeProblem({32768, 7168, 2048, 128}, num_sms);
+    TimeProblem({256, 7168, 4096, 128}, num_sms);
+    TimeProblem({256, 2048, 7168, 128}, num_sms);
+  }
+  return 0;
+}

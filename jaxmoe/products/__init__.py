@@ -1,0 +1,154 @@
+"""Grouped matrix products: rows times the matrix of their group. Which backend runs them."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from jaxmoe._vma import vary_alike, zeros_alike
+from jaxmoe.products import blocked, cuda, ragged
+
+BACKENDS = ("auto", "cuda", "blocked", "ragged_dot")
+# The kernels have been compiled, and their source run on an emulation of the GPU, but they have not
+# run on a GPU yet. Set it when tests/test_gpu_grouped.py has passed on one.
+AUTO_TAKES_CUDA = False
+_log = logging.getLogger("jaxmoe")
+
+
+class Choice(NamedTuple):
+    """A backend, and why it was taken."""
+
+    backend: str
+    reason: str
+
+
+def grouped_matmul(
+    x: Float[Array, "C D"],
+    w: Float[Array, "L D F"],
+    group_sizes: Int32[Array, " L"],
+    *,
+    backend: str = "auto",
+    block_rows: int = 128,
+) -> Float[Array, "C F"]:
+    """`y[r] = x[r] @ w[g]` for the rows r of group g, which lie one group after the other.
+
+    Rows past the last group come out as zeros, and so do their gradients, whatever they hold. Sums
+    are in float32 on the GPU. Differentiable in x and w; the gradient of the matrix of an empty
+    group is zero.
+
+    Args:
+      x: [C, D] rows in the order of the groups.
+      w: [L, D, F] one matrix for each group, in the dtype of x.
+      group_sizes: [L] rows of each group, on the device; they sum to at most C.
+      backend: "cuda" (Hopper GPUs, bfloat16), "blocked" (a loop over blocks of rows), "ragged_dot"
+        (`jax.lax.ragged_dot`), or "auto"; see `choose_backend`.
+      block_rows: rows per step of the "blocked" backend; about the rows of a typical group.
+
+    Returns:
+      [C, F] in the dtype of x.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, or an unknown backend.
+      RuntimeError: backend="cuda" where it cannot run.
+    """
+    _check(x, w, group_sizes)
+    picked = choose_backend(backend, x.dtype, (w.shape[1], w.shape[2])).backend
+    if 0 in (*x.shape, *w.shape):
+        return zeros_alike(x, shape=(x.shape[0], w.shape[2]))
+    operands = vary_alike((x, w, group_sizes))
+    return _product((picked, min(block_rows, x.shape[0])), *operands)
+
+
+def choose_backend(
+    backend: str, dtype: Any, widths: tuple[int, ...], device: jax.Device | None = None
+) -> Choice:
+    """The backend for products of `dtype` between rows of the given widths.
+
+    "auto" is "blocked" on CPUs and GPUs and "ragged_dot" elsewhere. It will be "cuda" wherever that
+    runs, in all directions, once AUTO_TAKES_CUDA says so.
+
+    Args:
+      backend: the user's choice, one of `BACKENDS`.
+      dtype: of rows and matrices.
+      widths: all widths that rows have.
+      device: where the product will run; None means JAX's default device.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"grouped_matmul: backend must be one of {BACKENDS}, got {backend!r}.")
+    if backend in ("blocked", "ragged_dot"):
+        return Choice(backend, "asked for")
+    device = device or _default_device()
+    reason = cuda.why_not(jnp.dtype(dtype), widths, device)
+    if backend == "cuda":
+        if reason:
+            raise RuntimeError(f"grouped_matmul: backend 'cuda' cannot run here: {reason}.")
+        return Choice(backend, "asked for")
+    if not reason and not AUTO_TAKES_CUDA:
+        reason = "it must be asked for by name, until it has been tested on a GPU"
+    if not reason:
+        return _announce(Choice("cuda", "it can run"), slow=False)
+    known = device.platform in ("cpu", "gpu")
+    slow = AUTO_TAKES_CUDA and device.platform == "gpu"
+    return _announce(Choice("blocked" if known else "ragged_dot", f"not 'cuda': {reason}"), slow)
+
+
+@functools.cache
+def _announce(choice: Choice, slow: bool) -> Choice:
+    """Says once what "auto" picked; users of GPUs want to know why they get a slow one."""
+    level = logging.WARNING if slow else logging.INFO
+    _log.log(level, "grouped_matmul: backend %r; %s", choice.backend, choice.reason)
+    return choice
+
+
+def _default_device() -> jax.Device:
+    default = jax.config.jax_default_device  # type: ignore[attr-defined]
+    return default if isinstance(default, jax.Device) else jax.local_devices()[0]
+
+
+def _check(x: Any, w: Any, group_sizes: Any) -> None:
+    if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[1]:
+        raise ValueError(
+            f"grouped_matmul: x must be [C, D] and w [L, D, F], got {list(x.shape)} and "
+            f"{list(w.shape)}."
+        )
+    if group_sizes.shape != w.shape[:1] or group_sizes.dtype != jnp.int32:
+        raise ValueError(
+            f"grouped_matmul: group_sizes must be int32 {list(w.shape[:1])}, one for each matrix "
+            f"of w, got {group_sizes.dtype} {list(group_sizes.shape)}."
+        )
+    if x.dtype != w.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"grouped_matmul: x and w must have one floating dtype, got {x.dtype} and {w.dtype}. "
+            f"Cast one of them."
+        )
+
+
+def _module(how: tuple[str, int]) -> Any:
+    """The backend's `forward`, `input_grad` and `weight_grad`."""
+    backend, block = how
+    return {"cuda": cuda, "ragged_dot": ragged}.get(backend) or blocked.Blocked(block)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(how: tuple[str, int], x: Any, w: Any, group_sizes: Any) -> Any:
+    return _module(how).forward(x, w, group_sizes)
+
+
+def _product_fwd(how: tuple[str, int], x: Any, w: Any, group_sizes: Any) -> Any:
+    return _product(how, x, w, group_sizes), (x, w, group_sizes)
+
+
+def _product_bwd(how: tuple[str, int], residuals: Any, d_y: Any) -> Any:
+    """With x_g, y_g the rows of group g: d_x_g = d_y_g w_g^T and d_w_g = x_g^T d_y_g."""
+    x, w, group_sizes = residuals
+    module = _module(how)
+    d_x = module.input_grad(d_y, w, group_sizes)
+    return d_x, module.weight_grad(x, d_y, group_sizes), None
+
+
+_product.defvjp(_product_fwd, _product_bwd)

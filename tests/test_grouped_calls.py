@@ -1,0 +1,135 @@
+"""What JAX makes of the "cuda" backend: its custom calls, and the gradients around them.
+
+On the host the calls are lowered for GPUs but not run; for values, other backends stand in for the
+kernels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxmoe
+from jaxmoe import experts
+from jaxmoe.products import cuda, ragged
+
+C, D, F, L = 40, 16, 24, 3
+
+
+@pytest.fixture(autouse=True)
+def anywhere(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cuda, "why_not", lambda *_: "")
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch):
+    def swiglu(x: Any, gate: Any, up: Any, group_sizes: Any, *, save: bool) -> list[Any]:
+        a, b = (ragged.forward(x, w, group_sizes) for w in (gate, up))
+        hidden = experts._activate(a, b).astype(x.dtype)
+        return [hidden, a, b] if save else [hidden]
+
+    for name in ("forward", "input_grad", "weight_grad"):
+        monkeypatch.setattr(cuda, name, getattr(ragged, name))
+    monkeypatch.setattr(cuda, "swiglu", swiglu)
+
+
+def draw(dtype: Any) -> tuple[Any, ...]:
+    """rows, group_sizes, gate, up, down."""
+    rng = np.random.default_rng(0)
+    shapes = ((C, D), (L, D, F), (L, D, F), (L, F, D))
+    rows, *weights = (jnp.asarray(rng.standard_normal(s, np.float32), dtype) for s in shapes)
+    return rows, jnp.asarray([5, 0, 30], jnp.int32), *weights
+
+
+def targets(f: Any, *args: Any) -> Counter[str]:
+    text = jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    return Counter(re.findall(r"@(jaxmoe_\w+)", text))
+
+
+def swiglu_experts(*args: Any) -> jax.Array:
+    return experts.swiglu_experts(*args, backend="cuda")
+
+
+def gradient(f: Any) -> Any:
+    """Of the sum of f's result, which comes with it, to everything but the sizes."""
+
+    def total(*args: Any) -> jax.Array:
+        return jnp.sum(f(*args).astype(jnp.float32))
+
+    return jax.value_and_grad(total, argnums=(0, 2, 3, 4))
+
+
+def test_calls_of_a_product():
+    rows, sizes, gate, *_ = draw(jnp.bfloat16)
+
+    def product(rows, gate):
+        return jaxmoe.grouped_matmul(rows, gate, sizes, backend="cuda")
+
+    def train(rows, gate):
+        y, vjp = jax.vjp(product, rows, gate)
+        return vjp(y)
+
+    assert targets(product, rows, gate) == {"jaxmoe_grouped_matmul": 1}
+    assert targets(train, rows, gate) == {
+        "jaxmoe_grouped_matmul": 1,
+        "jaxmoe_grouped_input_grad": 1,
+        "jaxmoe_grouped_weight_grad": 1,
+    }
+
+
+def test_calls_of_the_experts():
+    args = draw(jnp.bfloat16)
+    assert targets(swiglu_experts, *args) == {
+        "jaxmoe_grouped_swiglu": 1,
+        "jaxmoe_grouped_matmul": 1,
+    }
+    assert targets(gradient(swiglu_experts), *args) == {
+        "jaxmoe_grouped_swiglu_saving": 1,
+        "jaxmoe_grouped_matmul": 1,
+        "jaxmoe_grouped_input_grad": 3,
+        "jaxmoe_grouped_weight_grad": 3,
+    }
+
+
+@pytest.mark.parametrize("save", [False, True])
+def test_checkpoint_saves_by_name(save: bool):
+    """Saved, gate and up are not computed again for the gradient."""
+    args = draw(jnp.bfloat16)
+    names = (experts.GATE_NAME, experts.UP_NAME) if save else ()
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    found = targets(gradient(jax.checkpoint(swiglu_experts, policy=policy)), *args)
+    assert found["jaxmoe_grouped_swiglu"] + found["jaxmoe_grouped_swiglu_saving"] == 2 - save
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_gradients_of_the_experts():
+    args = draw(jnp.float32)
+    got = jax.jit(gradient(swiglu_experts))(*args)
+    want = gradient(lambda *a: experts.swiglu_experts(*a, backend="blocked"))(*args)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-4)
+
+
+def test_calls_in_shard_map():
+    """Weights that devices share: the calls vary over the mesh, and their gradient is summed."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+    rows, sizes, gate, *_ = draw(jnp.bfloat16)
+
+    def loss(rows, gate):
+        product = jax.shard_map(
+            lambda x, w: jaxmoe.grouped_matmul(x, w, sizes // 2, backend="cuda"),
+            mesh=mesh,
+            in_specs=(spec("data"), spec()),
+            out_specs=spec("data"),
+        )
+        return jnp.sum(product(rows, gate).astype(jnp.float32))
+
+    found = targets(jax.grad(loss, argnums=(0, 1)), rows, gate)
+    assert found["jaxmoe_grouped_input_grad"] == found["jaxmoe_grouped_weight_grad"] == 1

@@ -1,0 +1,175 @@
+// The custom calls of the grouped products.
+
+#include <cstdint>
+#include <string>
+
+#include "xla/ffi/api/ffi.h"
+#include "xla_ffi/gemm/launch.h"
+
+namespace ffi = xla::ffi;
+
+namespace jaxmoe::gemm {
+namespace {
+
+using Matrix = ffi::Buffer<ffi::BF16, 2>;
+using Weights = ffi::Buffer<ffi::BF16, 3>;
+using Ints = ffi::Buffer<ffi::S32, 1>;
+using MatrixOut = ffi::ResultBuffer<ffi::BF16, 2>;
+using WeightsOut = ffi::ResultBuffer<ffi::BF16, 3>;
+using IntsOut = ffi::ResultBuffer<ffi::S32, 1>;
+
+ffi::Error Status(cudaError_t error) {
+  if (error == cudaSuccess) return ffi::Error::Success();
+  return ffi::Error::Internal(std::string("jaxmoe: grouped product: launch failed: ") +
+                              cudaGetErrorString(error));
+}
+
+ffi::ErrorOr<int> NumSms(int32_t device) {
+  int num_sms = 0;
+  const cudaError_t error =
+      cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return ffi::Unexpected(Status(error));
+  return num_sms;
+}
+
+// The sizes that rows, weights and results agree on. Python has checked them; this guards the
+// kernels against another caller.
+ffi::ErrorOr<Shape> ShapeOf(const ffi::Span<const int64_t>& rows, int64_t features,
+                            const ffi::Span<const int64_t>& weights, const Ints& group_sizes) {
+  const Shape shape = {rows[0], weights[1], weights[2], weights[0]};
+  const bool transposed = rows[1] == shape.features && features == shape.dim;
+  const bool straight = rows[1] == shape.dim && features == shape.features;
+  if ((!straight && !transposed) || group_sizes.dimensions()[0] != shape.num_groups) {
+    return ffi::Unexpected(ffi::Error::InvalidArgument("jaxmoe: grouped product: sizes disagree"));
+  }
+  if (shape.dim % 8 != 0 || shape.features % 8 != 0) {
+    return ffi::Unexpected(ffi::Error::InvalidArgument(
+        "jaxmoe: grouped product: widths must be multiples of 8, got " + std::to_string(shape.dim) +
+        " and " + std::to_string(shape.features)));
+  }
+  return shape;
+}
+
+ffi::Error Forward(cudaStream_t stream, int32_t device, Matrix x, Weights w, Ints group_sizes,
+                   MatrixOut y, IntsOut counter) {
+  const auto shape = ShapeOf(x.dimensions(), y->dimensions()[1], w.dimensions(), group_sizes);
+  if (shape.has_error()) return shape.error();
+  const auto num_sms = NumSms(device);
+  if (num_sms.has_error()) return num_sms.error();
+  return Status(LaunchForward(stream, *num_sms, *shape, x.typed_data(), w.typed_data(),
+                              group_sizes.typed_data(), y->typed_data(), counter->typed_data()));
+}
+
+ffi::Error InputGrad(cudaStream_t stream, int32_t device, Matrix d_y, Weights w, Ints group_sizes,
+                     MatrixOut d_x, IntsOut counter) {
+  const auto shape = ShapeOf(d_y.dimensions(), d_x->dimensions()[1], w.dimensions(), group_sizes);
+  if (shape.has_error()) return shape.error();
+  const auto num_sms = NumSms(device);
+  if (num_sms.has_error()) return num_sms.error();
+  return Status(LaunchInputGrad(stream, *num_sms, *shape, d_y.typed_data(), w.typed_data(),
+                                group_sizes.typed_data(), d_x->typed_data(),
+                                counter->typed_data()));
+}
+
+ffi::Error WeightGrad(cudaStream_t stream, int32_t device, Matrix x, Matrix d_y, Ints group_sizes,
+                      WeightsOut d_w, IntsOut counter) {
+  const auto shape = ShapeOf(x.dimensions(), d_y.dimensions()[1], d_w->dimensions(), group_sizes);
+  if (shape.has_error()) return shape.error();
+  const auto num_sms = NumSms(device);
+  if (num_sms.has_error()) return num_sms.error();
+  return Status(LaunchWeightGrad(stream, *num_sms, *shape, x.typed_data(), d_y.typed_data(),
+                                 group_sizes.typed_data(), d_w->typed_data(),
+                                 counter->typed_data()));
+}
+
+ffi::Error SwigluSaving(cudaStream_t stream, int32_t device, Matrix x, Weights gate, Weights up,
+                        Ints group_sizes, MatrixOut y, MatrixOut a, MatrixOut b, IntsOut counter) {
+  const auto shape = ShapeOf(x.dimensions(), y->dimensions()[1], gate.dimensions(), group_sizes);
+  if (shape.has_error()) return shape.error();
+  const auto num_sms = NumSms(device);
+  if (num_sms.has_error()) return num_sms.error();
+  return Status(LaunchSwiglu(stream, *num_sms, *shape, x.typed_data(), gate.typed_data(),
+                             up.typed_data(), group_sizes.typed_data(), y->typed_data(),
+                             a->typed_data(), b->typed_data(), counter->typed_data()));
+}
+
+ffi::Error Swiglu(cudaStream_t stream, int32_t device, Matrix x, Weights gate, Weights up,
+                  Ints group_sizes, MatrixOut y, IntsOut counter) {
+  const auto shape = ShapeOf(x.dimensions(), y->dimensions()[1], gate.dimensions(), group_sizes);
+  if (shape.has_error()) return shape.error();
+  const auto num_sms = NumSms(device);
+  if (num_sms.has_error()) return num_sms.error();
+  return Status(LaunchSwiglu(stream, *num_sms, *shape, x.typed_data(), gate.typed_data(),
+                             up.typed_data(), group_sizes.typed_data(), y->typed_data(), nullptr,
+                             nullptr, counter->typed_data()));
+}
+
+// What every call begins with.
+auto BindCall() {
+  return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().Ctx<ffi::DeviceOrdinal>();
+}
+
+}  // namespace
+}  // namespace jaxmoe::gemm
+
+#define JAXMOE_EXPORT extern "C" __attribute__((visibility("default")))
+
+#define JAXMOE_HANDLER(symbol, function, binding)                        \
+  JAXMOE_EXPORT XLA_FFI_Error* symbol(XLA_FFI_CallFrame* frame);         \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, jaxmoe::gemm::function, binding, \
+                                {ffi::Traits::kCmdBufferCompatible})
+
+JAXMOE_HANDLER(jaxmoe_grouped_matmul, Forward,
+               jaxmoe::gemm::BindCall()
+                   .Arg<jaxmoe::gemm::Matrix>()   // x [C, D]
+                   .Arg<jaxmoe::gemm::Weights>()  // w [L, D, F]
+                   .Arg<jaxmoe::gemm::Ints>()     // group_sizes [L]
+                   .Ret<jaxmoe::gemm::Matrix>()   // y [C, F]
+                   .Ret<jaxmoe::gemm::Ints>());   // counter [1]: scratch
+
+JAXMOE_HANDLER(jaxmoe_grouped_input_grad, InputGrad,
+               jaxmoe::gemm::BindCall()
+                   .Arg<jaxmoe::gemm::Matrix>()   // d_y [C, F]
+                   .Arg<jaxmoe::gemm::Weights>()  // w [L, D, F]
+                   .Arg<jaxmoe::gemm::Ints>()     // group_sizes [L]
+                   .Ret<jaxmoe::gemm::Matrix>()   // d_x [C, D]
+                   .Ret<jaxmoe::gemm::Ints>());   // counter [1]: scratch
+
+JAXMOE_HANDLER(jaxmoe_grouped_weight_grad, WeightGrad,
+               jaxmoe::gemm::BindCall()
+                   .Arg<jaxmoe::gemm::Matrix>()   // x [C, D]
+                   .Arg<jaxmoe::gemm::Matrix>()   // d_y [C, F]
+                   .Arg<jaxmoe::gemm::Ints>()     // group_sizes [L]
+                   .Ret<jaxmoe::gemm::Weights>()  // d_w [L, D, F]
+                   .Ret<jaxmoe::gemm::Ints>());   // counter [1]: scratch
+
+JAXMOE_HANDLER(jaxmoe_grouped_swiglu, Swiglu,
+               jaxmoe::gemm::BindCall()
+                   .Arg<jaxmoe::gemm::Matrix>()   // x [C, D]
+                   .Arg<jaxmoe::gemm::Weights>()  // gate [L, D, F]
+                   .Arg<jaxmoe::gemm::Weights>()  // up [L, D, F]
+                   .Arg<jaxmoe::gemm::Ints>()     // group_sizes [L]
+                   .Ret<jaxmoe::gemm::Matrix>()   // y [C, F]
+                   .Ret<jaxmoe::gemm::Ints>());   // counter [1]: scratch
+
+JAXMOE_HANDLER(jaxmoe_grouped_swiglu_saving, SwigluSaving,
+               jaxmoe::gemm::BindCall()
+                   .Arg<jaxmoe::gemm::Matrix>()   // x [C, D]
+                   .Arg<jaxmoe::gemm::Weights>()  // gate [L, D, F]
+                   .Arg<jaxmoe::gemm::Weights>()  // up [L, D, F]
+                   .Arg<jaxmoe::gemm::Ints>()     // group_sizes [L]
+                   .Ret<jaxmoe::gemm::Matrix>()   // y [C, F]
+                   .Ret<jaxmoe::gemm::Matrix>()   // x gate [C, F]
+                   .Ret<jaxmoe::gemm::Matrix>()   // x up [C, F]
+                   .Ret<jaxmoe::gemm::Ints>());   // counter [1]: scratch
+
+// Loads the kernels on a device: left to the first launch, that could happen while a kernel of a
+// group waits for a peer whose host thread waits for this one. Returns CUDA's error code.
+JAXMOE_EXPORT int jaxmoe_grouped_preload(int device) {
+  int before = 0;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = jaxmoe::gemm::Preload();
+  const cudaError_t restored = cudaSetDevice(before);
+  return error != cudaSuccess ? error : restored;
+}

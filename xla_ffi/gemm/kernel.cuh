@@ -1,0 +1,258 @@
+// The grouped product's kernel: persistent blocks in clusters, each with a warp that feeds tiles to
+// two warpgroups of tensor cores.
+//
+// A tile's result is computed with the weights' features as rows and the tokens as columns of the
+// tensor cores' product: features come in whole blocks, while a group's tokens may have any number,
+// and the instruction's width goes down to any multiple of 16. So a group of 200 rows costs 208.
+//
+// The blocks of a cluster compute neighbouring features of the same rows. Each loads its share of
+// the rows' tile and sends it to all: half of the reading from the L2 cache is saved.
+
+#ifndef JAXMOE_XLA_FFI_GEMM_KERNEL_CUH_
+#define JAXMOE_XLA_FFI_GEMM_KERNEL_CUH_
+
+#include <cuda_bf16.h>
+
+#include <cstddef>
+
+#include "xla_ffi/gemm/ptx.cuh"
+#include "xla_ffi/gemm/tiles.cuh"
+#include "xla_ffi/gemm/wgmma.cuh"
+
+namespace jaxmoe::gemm {
+
+#ifndef JAXMOE_GEMM_CLUSTER  // for benchmarks
+#define JAXMOE_GEMM_CLUSTER 2
+#endif
+constexpr int kCluster = JAXMOE_GEMM_CLUSTER;
+constexpr int kMultipliers = 2;  // warpgroups that multiply
+constexpr int kMultiplierWarps = 4 * kMultipliers;
+constexpr int kThreads = 128 * (kMultipliers + 1);
+constexpr int kGivenRegisters = 40, kTakenRegisters = 232;  // per thread; sum fits 64 Ki a block
+
+// What one block holds of both factors for one step of the contraction.
+constexpr int kFeatures = 64 * kMultipliers;  // of A: 64 for each warpgroup
+constexpr int kABytes = kMultipliers * kBlockBytes;
+constexpr int kBBytes = kMaxColumns * kDepth * 2;
+constexpr int kStageBytes = kABytes + kBBytes;
+constexpr int kStages = 4;
+constexpr int kLoadRows = 32;  // rows in one load of B, when B's rows are tokens
+
+// A warpgroup's place to lay out results before they leave: 128 rows of 64 features.
+constexpr int kOutRows = 128;
+constexpr int kOutBytes = kOutRows * kRowBytes;
+
+constexpr int kSlots = 2;  // tile numbers on their way
+
+struct Barriers {
+  uint64_t full[kStages], empty[kStages];          // data of a stage
+  uint64_t slot_full[kSlots], slot_empty[kSlots];  // tile numbers; slot_empty of rank 0 only
+  int slot[kSlots];
+};
+constexpr int kSharedBytes =
+    kStages * kStageBytes + kMultipliers * kOutBytes + sizeof(Barriers) + kPatternBytes;
+
+enum class Op {
+  kForward,     // y = x w
+  kInputGrad,   // d_x = d_y w^T
+  kWeightGrad,  // d_w = x^T d_y per group
+  kSwiglu,      // y = silu(x gate) (x up)
+};
+
+// Operands of a call. With "rows" for tokens: A and B of the tensor cores' product are
+//   kForward, kSwiglu  weights [D, F] (gate: first warpgroup, up: second) and rows [C, D]
+//   kInputGrad         weights [D, F] and rows [C, F]
+//   kWeightGrad        rows x [C, D] and rows d_y [C, F]
+struct Params {
+  CUtensorMap a, a2;  // a2: up
+  CUtensorMap b;
+  CUtensorMap out;          // kWeightGrad only
+  __nv_bfloat16* y;         // [C, features]
+  __nv_bfloat16* saved[2];  // kSwiglu: x gate and x up, or null
+  int* counter;             // the next tile's number
+  GroupSizes groups;
+  int features;  // of the result: width of y, or D for kWeightGrad
+  int depth;     // contracted, but for kWeightGrad
+  int num_major, num_minor;
+};
+
+// Runs over the stages of a ring of barriers.
+template <int kSize>
+struct Ring {
+  int at = 0;
+  uint32_t parity = 0;
+  __device__ void Next() {
+    if (++at == kSize) at = 0, parity ^= 1;
+  }
+};
+
+// Addresses in a block's shared memory.
+struct Shared {
+  uint32_t stages, out, barriers;
+
+  explicit __device__ Shared(const char* memory)
+      : stages((SharedAddress(memory) + kPatternBytes - 1) / kPatternBytes * kPatternBytes),
+        out(stages + kStages * kStageBytes),
+        barriers(out + kMultipliers * kOutBytes) {}
+  __device__ uint32_t A(int stage) const { return stages + stage * kStageBytes; }
+  __device__ uint32_t B(int stage) const { return A(stage) + kABytes; }
+  __device__ uint32_t Full(int i) const { return barriers + offsetof(Barriers, full) + 8 * i; }
+  __device__ uint32_t Empty(int i) const { return barriers + offsetof(Barriers, empty) + 8 * i; }
+  __device__ uint32_t SlotFull(int i) const {
+    return barriers + offsetof(Barriers, slot_full) + 8 * i;
+  }
+  __device__ uint32_t SlotEmpty(int i) const {
+    return barriers + offsetof(Barriers, slot_empty) + 8 * i;
+  }
+  __device__ uint32_t Slot(int i) const { return barriers + offsetof(Barriers, slot) + 4 * i; }
+};
+
+// The sequence of tiles as a warp sees it.
+template <Op kOp>
+class Schedule {
+ public:
+  static constexpr bool kRowTiles = kOp != Op::kWeightGrad;
+
+  __device__ Schedule(const Params& p, const Shared& shared)
+      : tiles_(p.groups, p.num_major, p.num_minor), shared_(shared) {}
+
+  // The next tile of this cluster; false after the last. By a whole warp.
+  __device__ bool Next(Tile* tile) {
+    __syncwarp();
+    WaitPublished(shared_.SlotFull(ring_.at), ring_.parity);
+    const int number = ReadNumber(shared_.Slot(ring_.at));
+    __syncwarp();
+    if (LaneId() == 0) Arrive(InBlock(shared_.SlotEmpty(ring_.at), 0));
+    ring_.Next();
+    return tiles_.Find(number, tile);
+  }
+
+  // Hands out numbers to all blocks of the cluster, as they ask for more. By one warp of rank 0.
+  // Clusters take them as they come: tiles differ in rows, clusters in speed, and a cluster may
+  // have to wait for its multiprocessors until others are done.
+  __device__ void Run(int* counter) {
+    Tile tile;
+    for (bool more = true; more; ring_.Next()) {
+      const int taken = LaneId() == 0 ? atomicAdd(counter, 1) : 0;
+      const int number = __shfl_sync(kAllLanes, taken, 0);
+      Wait(shared_.SlotEmpty(ring_.at), ring_.parity ^ 1);
+      if (LaneId() < kCluster) {
+        PublishInBlock(InBlock(shared_.Slot(ring_.at), LaneId()), number,
+                       InBlock(shared_.SlotFull(ring_.at), LaneId()));
+      }
+      more = tiles_.Find(number, &tile);
+    }
+  }
+
+  __device__ int RowsEnd() const { return tiles_.RowsEnd(); }
+
+ private:
+  Tiles<kRowTiles> tiles_;
+  const Shared shared_;
+  Ring<kSlots> ring_;
+};
+
+// Columns of the product for a tile of `rows` tokens.
+__device__ __forceinline__ int ColumnsOf(int rows) { return CeilDiv(rows, 16) * 16; }
+
+// Steps of the contraction.
+template <Op kOp>
+__device__ __forceinline__ int StepsOf(const Params& p, const Tile& tile) {
+  return CeilDiv(kOp == Op::kWeightGrad ? tile.rows : p.depth, kDepth);
+}
+
+// The first feature that this block computes.
+template <Op kOp>
+__device__ __forceinline__ int FeatureOf(const Tile& tile) {
+  constexpr int kWidth = kOp == Op::kSwiglu ? kFeatures / 2 : kFeatures;
+  return (tile.major * kCluster + static_cast<int>(RankInCluster())) * kWidth;
+}
+
+// One box of B for all blocks of the cluster.
+__device__ __forceinline__ void LoadShared(uint32_t to, const CUtensorMap& map, int x, int y,
+                                           uint32_t barrier) {
+  if constexpr (kCluster > 1) {
+    LoadInBlocks(to, map, x, y, barrier, (1 << kCluster) - 1);
+  } else {
+    Load(to, map, x, y, barrier);
+  }
+}
+
+// The feeding warp: loads all steps of all tiles, as fast as stages come free.
+template <Op kOp>
+__device__ void Feed(const Params& p, const Shared& shared, Schedule<kOp>* schedule) {
+  const int rank = static_cast<int>(RankInCluster());
+  Ring<kStages> ring;
+  Tile tile;
+  while (schedule->Next(&tile)) {
+    const int steps = StepsOf<kOp>(p, tile), feature = FeatureOf<kOp>(tile);
+    const int loads =
+        kOp == Op::kWeightGrad ? kMaxColumns / kBlockColumns : CeilDiv(tile.rows, kLoadRows);
+    constexpr int kLoadBytes = kOp == Op::kWeightGrad ? kBlockBytes : kLoadRows * kRowBytes;
+    if (LaneId() != 0) continue;  // and waits in Next
+    for (int step = 0; step < steps; ++step, ring.Next()) {
+      Wait(shared.Empty(ring.at), ring.parity ^ 1);
+      const uint32_t full = shared.Full(ring.at), a = shared.A(ring.at), b = shared.B(ring.at);
+      const int k = step * kDepth;
+      ArriveExpecting(full, kABytes + loads * kLoadBytes);
+      if constexpr (kOp == Op::kForward) {
+        Load(a, p.a, feature, k, tile.group, full);
+        Load(a + kBlockBytes, p.a, feature + 64, k, tile.group, full);
+      } else if constexpr (kOp == Op::kSwiglu) {
+        Load(a, p.a, feature, k, tile.group, full);
+        Load(a + kBlockBytes, p.a2, feature, k, tile.group, full);
+      } else if constexpr (kOp == Op::kInputGrad) {
+        Load(a, p.a, k, feature, tile.group, full);
+      } else {
+        Load(a, p.a, feature, tile.row + k, full);
+        Load(a + kBlockBytes, p.a, feature + 64, tile.row + k, full);
+      }
+      for (int i = rank; i < loads; i += kCluster) {
+        const uint32_t to = b + i * kLoadBytes;
+        if constexpr (kOp == Op::kWeightGrad) {
+          const int column = tile.minor * kMaxColumns + i * kBlockColumns;
+          LoadShared(to, p.b, column, tile.row + k, full);
+        } else {
+          LoadShared(to, p.b, k, tile.row + i * kLoadRows, full);
+        }
+      }
+    }
+  }
+}
+
+// Gives a stage back to the feeding warps that write to it: those of all blocks of the cluster.
+__device__ __forceinline__ void Release(const Shared& shared, int stage) {
+  if (LaneId() < kCluster) Arrive(InBlock(shared.Empty(stage), LaneId()));
+}
+
+// d = A B over `steps` stages. `a` and `b` describe the first stage's tiles.
+template <int kN, bool kTransposedA, bool kTransposedB>
+__device__ __forceinline__ void Multiply(const Shared& shared, Ring<kStages>* ring, int steps,
+                                         uint32_t a, uint32_t b, float (&d)[kAccumulators]) {
+  int last = 0;
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    Wait(shared.Full(ring->at), ring->parity);
+    const uint32_t stage = ring->at * DescriptorStep(kStageBytes);
+    BeginProducts();
+#pragma unroll
+    for (int i = 0; i < kDepth / kInstructionDepth; ++i) {
+      Product<kN, kTransposedA, kTransposedB>::Do(d, a + stage + i * kDepthStep<kTransposedA>,
+                                                  b + stage + i * kDepthStep<kTransposedB>,
+                                                  step > 0 || i > 0);
+    }
+    EndProducts();
+    // The stage before is read; this one is being read while the next is waited for.
+    WaitProducts<1>();
+    if (step > 0) Release(shared, last);
+    last = ring->at;
+    ring->Next();
+  }
+  WaitProducts<0>();
+  TakeResults(d);
+  if (steps > 0) Release(shared, last);
+}
+
+}  // namespace jaxmoe::gemm
+
+#endif  // JAXMOE_XLA_FFI_GEMM_KERNEL_CUH_

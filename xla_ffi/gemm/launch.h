@@ -1,0 +1,42 @@
+// Grouped matrix products on the device, as host code sees them.
+
+#ifndef JAXMOE_XLA_FFI_GEMM_LAUNCH_H_
+#define JAXMOE_XLA_FFI_GEMM_LAUNCH_H_
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace jaxmoe::gemm {
+
+// Sizes of a product: rows [num_rows, dim] times weights [num_groups, dim, features]. `dim` and
+// `features` are multiples of 8, and pointers of 16 bytes: what the copy engine can address.
+struct Shape {
+  int64_t num_rows, dim, features, num_groups;
+};
+
+// All arrays are bf16 on the device but `group_sizes` [num_groups] and `counter` [1], which is
+// scratch. Nothing is read back, allocated or waited for.
+cudaError_t LaunchForward(cudaStream_t stream, int num_sms, const Shape& shape, const void* x,
+                          const void* w, const int32_t* group_sizes, void* y, int32_t* counter);
+
+// d_x = d_y w^T for d_y [num_rows, features].
+cudaError_t LaunchInputGrad(cudaStream_t stream, int num_sms, const Shape& shape, const void* d_y,
+                            const void* w, const int32_t* group_sizes, void* d_x, int32_t* counter);
+
+// d_w = x^T d_y for each group; zeros for an empty one.
+cudaError_t LaunchWeightGrad(cudaStream_t stream, int num_sms, const Shape& shape, const void* x,
+                             const void* d_y, const int32_t* group_sizes, void* d_w,
+                             int32_t* counter);
+
+// y = silu(x gate) (x up). `a` = x gate and `b` = x up are written too, unless they are null.
+cudaError_t LaunchSwiglu(cudaStream_t stream, int num_sms, const Shape& shape, const void* x,
+                         const void* gate, const void* up, const int32_t* group_sizes, void* y,
+                         void* a, void* b, int32_t* counter);
+
+// Loads the kernels on the current device, which a first launch would do at a worse moment.
+cudaError_t Preload();
+
+}  // namespace jaxmoe::gemm
+
+#endif  // JAXMOE_XLA_FFI_GEMM_LAUNCH_H_

@@ -1,0 +1,177 @@
+// What a warpgroup does with a finished tile: rounds it to bf16, lays it out in shared memory as it
+// lies in device memory, and writes it.
+
+#ifndef JAXMOE_XLA_FFI_GEMM_RESULTS_CUH_
+#define JAXMOE_XLA_FFI_GEMM_RESULTS_CUH_
+
+#include <cuda_bf16.h>
+
+#include <cstring>
+
+#include "xla_ffi/gemm/kernel.cuh"
+
+namespace jaxmoe::gemm {
+
+// Pairs of neighbouring columns, in the order of the accumulators; kOutRows columns of them.
+constexpr int kPacked = kAccumulators / 2;
+constexpr int kPackedHalf = kPacked / 2;
+// Packed registers of 16 columns.
+constexpr int kPackedStep = 4;
+
+__device__ __forceinline__ uint32_t BitsOf(__nv_bfloat162 pair) {
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof(bits));
+  return bits;
+}
+__device__ __forceinline__ __nv_bfloat162 PairOf(uint32_t bits) {
+  __nv_bfloat162 pair;
+  memcpy(&pair, &bits, sizeof(pair));
+  return pair;
+}
+
+// A thread's place among the threads that multiply.
+struct Place {
+  int group, warp, lane, thread;  // warpgroup; the others within it
+  __device__ Place()
+      : group(threadIdx.x / 128 - 1),
+        warp(threadIdx.x / 32 % 4),
+        lane(LaneId()),
+        thread(threadIdx.x % 128) {}
+  __device__ void SyncGroup() const { SyncThreads(1 + group, 128); }
+};
+__device__ __forceinline__ void SyncMultipliers() {
+  SyncThreads(1 + kMultipliers, 128 * kMultipliers);
+}
+
+__device__ __forceinline__ void Pack(const float (&d)[kAccumulators], uint32_t (&packed)[kPacked]) {
+#pragma unroll
+  for (int i = 0; i < kPacked; ++i)
+    packed[i] = BitsOf(__floats2bfloat162_rn(d[2 * i], d[2 * i + 1]));
+}
+
+// Swizzled address of 16-byte piece `piece` of a row.
+__device__ __forceinline__ uint32_t PieceAddress(uint32_t block, int row, int piece) {
+  return block + row * kRowBytes + ((piece ^ (row % 8)) * 16);
+}
+
+// Writes up to kOutRows columns of the product as rows of y: 64 features of `rows` tokens.
+// y points to the first; `width` is its row length and `features` how many of it are left.
+__device__ __forceinline__ void WriteTokens(const Shared& shared, const Place& place,
+                                            const uint32_t* packed, int rows, __nv_bfloat16* y,
+                                            int width, int features) {
+  const uint32_t out = shared.out + place.group * kOutBytes;
+  place.SyncGroup();  // the tile before has left
+#pragma unroll
+  for (int j = 0; j < kOutRows / 16; ++j) {
+    if (16 * j >= rows) break;
+    const int row = 16 * j + place.lane / 16 * 8 + place.lane % 8;
+    const int piece = 2 * place.warp + place.lane / 8 % 2;
+    StoreMatrices<true>(PieceAddress(out, row, piece), packed + kPackedStep * j);
+  }
+  place.SyncGroup();
+  const int piece = place.thread % 8;
+  if (8 * piece >= features) return;
+  for (int row = place.thread / 8; row < rows; row += 16) {
+    *reinterpret_cast<uint4*>(y + static_cast<int64_t>(row) * width + 8 * piece) =
+        ReadShared(PieceAddress(out, row, piece));
+  }
+}
+
+// Both halves of the columns.
+__device__ __forceinline__ void WriteAllTokens(const Shared& shared, const Place& place,
+                                               const uint32_t (&packed)[kPacked], const Tile& tile,
+                                               __nv_bfloat16* y, int feature, int width) {
+  y += static_cast<int64_t>(tile.row) * width + feature;
+  WriteTokens(shared, place, packed, min(tile.rows, kOutRows), y, width, width - feature);
+  if (tile.rows <= kOutRows) return;
+  y += static_cast<int64_t>(kOutRows) * width;
+  WriteTokens(shared, place, packed + kPackedHalf, tile.rows - kOutRows, y, width, width - feature);
+}
+
+__device__ __forceinline__ uint32_t Swiglu(uint32_t gate, uint32_t up) {
+  const float2 a = __bfloat1622float2(PairOf(gate)), b = __bfloat1622float2(PairOf(up));
+  return BitsOf(
+      __floats2bfloat162_rn(a.x * b.x / (1 + __expf(-a.x)), a.y * b.y / (1 + __expf(-a.y))));
+}
+
+// The first warpgroup holds x gate and the second x up, rounded, of the same features. Each gives
+// the other half of its columns, and writes the result for the half that it then has of both.
+__device__ __forceinline__ void WriteSwiglu(const Shared& shared, const Place& place,
+                                            uint32_t (&packed)[kPacked], const Tile& tile,
+                                            __nv_bfloat16* y, int feature, int width) {
+  const bool first = place.group == 0;
+  const uint32_t given = shared.out + place.group * kOutBytes + place.thread * 16;
+  const uint32_t taken = shared.out + (1 - place.group) * kOutBytes + place.thread * 16;
+  static_assert(kPackedHalf * 4 * 128 == kOutBytes);
+  place.SyncGroup();  // the results before have left
+#pragma unroll
+  for (int i = 0; i < kPackedHalf; i += 4) {
+    const uint32_t* low = packed + i;
+    const uint32_t* high = packed + kPackedHalf + i;
+    const uint4 v = {first ? high[0] : low[0], first ? high[1] : low[1], first ? high[2] : low[2],
+                     first ? high[3] : low[3]};
+    WriteShared(given + i / 4 * 2048, v);
+  }
+  SyncMultipliers();
+  uint32_t result[kPackedHalf];
+#pragma unroll
+  for (int i = 0; i < kPackedHalf; i += 4) {
+    const uint4 v = ReadShared(taken + i / 4 * 2048);
+    const uint32_t other[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const uint32_t own = first ? packed[i + k] : packed[kPackedHalf + i + k];
+      result[i + k] = first ? Swiglu(own, other[k]) : Swiglu(other[k], own);
+    }
+  }
+  SyncMultipliers();  // before the place is used for the result
+  const int skipped = place.group * kOutRows;
+  if (tile.rows <= skipped) return;
+  y += static_cast<int64_t>(tile.row + skipped) * width + feature;
+  WriteTokens(shared, place, result, min(tile.rows - skipped, kOutRows), y, width, width - feature);
+}
+
+// Writes 64 rows and kMaxColumns columns of a weight's gradient, kOutRows / 64 blocks at a time.
+// The copy engine leaves out what is beyond the gradient's edges.
+__device__ __forceinline__ void WriteGradient(const Shared& shared, const Place& place,
+                                              const uint32_t (&packed)[kPacked],
+                                              const CUtensorMap& map, int column, int row,
+                                              int group) {
+  const uint32_t out = shared.out + place.group * kOutBytes;
+  constexpr int kBlocks = kOutBytes / kBlockBytes;
+#pragma unroll
+  for (int first = 0; first < kMaxColumns / kBlockColumns; first += kBlocks) {
+    if (place.thread == 0) WaitStoresRead();
+    place.SyncGroup();
+#pragma unroll
+    for (int j = 0; j < kBlocks * kBlockColumns / 16; ++j) {
+      const uint32_t block = out + j / 4 * kBlockBytes;
+      const int piece = j % 4 * 2 + place.lane / 16;
+      StoreMatrices<false>(PieceAddress(block, 16 * place.warp + place.lane % 16, piece),
+                           packed + kPackedStep * (first * kBlockColumns / 16 + j));
+    }
+    FenceAsync();
+    place.SyncGroup();
+    if (place.thread == 0) {
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+        Store(map, column + (first + i) * kBlockColumns, row, group, out + i * kBlockBytes);
+      }
+      EndStores();
+    }
+  }
+}
+
+// Rows that belong to no group are zeros. By all multiplying threads of the grid.
+__device__ __forceinline__ void WriteZeros(__nv_bfloat16* y, int64_t begin, int64_t end) {
+  constexpr int kVector = sizeof(uint4) / sizeof(__nv_bfloat16);
+  const int64_t thread = blockIdx.x * int64_t{128 * kMultipliers} + threadIdx.x - 128;
+  const int64_t step = int64_t{gridDim.x} * (128 * kMultipliers) * kVector;
+  for (int64_t i = begin + thread * kVector; i < end; i += step) {
+    *reinterpret_cast<uint4*>(y + i) = uint4{0, 0, 0, 0};
+  }
+}
+
+}  // namespace jaxmoe::gemm
+
+#endif  // JAXMOE_XLA_FFI_GEMM_RESULTS_CUH_

@@ -1,0 +1,1 @@
+#include "xla_ffi/tests/emulated/cuda.h"

@@ -1,0 +1,276 @@
+// The functions of xla_ffi/gemm/ptx.cuh and wgmma.cuh for the emulated GPU, in their order. Whoever
+// includes this before the kernels gets these instead.
+
+#ifndef JAXMOE_XLA_FFI_TESTS_EMULATED_INSTRUCTIONS_H_
+#define JAXMOE_XLA_FFI_TESTS_EMULATED_INSTRUCTIONS_H_
+
+#define JAXMOE_XLA_FFI_GEMM_PTX_CUH_
+#define JAXMOE_XLA_FFI_GEMM_WGMMA_CUH_
+
+#include "xla_ffi/gemm/layout.cuh"
+#include "xla_ffi/tests/emulated/cuda.h"
+
+namespace jaxmoe::gemm {
+
+using emulated::Barrier;
+using emulated::Block;
+using emulated::Gpu;
+
+// An address of another block has its rank + 1 above these bits.
+constexpr int kRankShift = 24;
+
+inline Gpu& ThisGpu() { return Gpu::Current(); }
+inline Block* ThisBlock() { return ThisGpu().Self().block; }
+
+inline char* Bytes(Block* block, uint32_t address, uint32_t bytes) {
+  if (address % bytes != 0) ThisGpu().Stop("shared memory: unaligned");
+  if (address < emulated::kSharedBegin || address + bytes > block->shared.size()) {
+    ThisGpu().Stop("shared memory: out of bounds");
+  }
+  return &block->shared[address];
+}
+inline Barrier* BarrierAt(Block* block, uint32_t address) {
+  const auto found = block->barriers.find(address);
+  if (found == block->barriers.end()) ThisGpu().Stop("barrier that is none");
+  return &found->second;
+}
+inline Block* BlockOf(uint32_t mapped) {
+  if (mapped >> kRankShift == 0) ThisGpu().Stop("address that InBlock has not mapped");
+  return ThisGpu().BlockOf(ThisBlock()->cluster, (mapped >> kRankShift) - 1);
+}
+inline uint32_t Unmapped(uint32_t mapped) { return mapped & ((1u << kRankShift) - 1); }
+
+// How TMA swizzles 128-byte rows: bits 4 to 6 of an address with bits 7 to 9.
+inline uint32_t Swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+
+// An element for the copy engine or the tensor cores.
+inline uint16_t* AsyncElement(Block* block, uint32_t address) {
+  const uint32_t at = Swizzled(address);
+  if (block->unfenced[at / 16] != 0) ThisGpu().Stop("shared memory: written without FenceAsync");
+  return reinterpret_cast<uint16_t*>(Bytes(block, at, 2));
+}
+
+inline uint32_t SharedAddress(const void*) { return emulated::kSharedBegin; }
+inline char* SharedMemory() { return nullptr; }
+inline uint32_t InBlock(uint32_t address, uint32_t rank) {
+  return address | (rank + 1) << kRankShift;
+}
+inline uint32_t RankInCluster() { return ThisBlock()->rank; }
+
+inline void SyncCluster() {
+  constexpr int kBlockThreads = 384;
+  ThisGpu().MeetCluster(kBlockThreads * ThisGpu().cluster_size());
+}
+inline void SyncThreads(int id, int threads) {
+  if (id >= emulated::kNamedBarriers) ThisGpu().Stop("named barrier that is none");
+  ThisGpu().Meet(&ThisBlock()->named[id], threads);
+}
+
+inline void InitBarrier(uint32_t barrier, uint32_t arrivals) {
+  Bytes(ThisBlock(), barrier, 8);
+  const int count = static_cast<int>(arrivals);
+  ThisBlock()->barriers[barrier] = {count, count, 0, 0};
+}
+inline void FenceInit() {}
+inline void ArriveAt(Block* block, uint32_t barrier, uint32_t bytes) {
+  Barrier* b = BarrierAt(block, barrier);
+  b->bytes += bytes;
+  if (--b->pending < 0) ThisGpu().Stop("more arrivals than a barrier expects");
+  b->EndIfComplete();
+}
+inline void ArriveExpecting(uint32_t barrier, uint32_t bytes) {
+  ArriveAt(ThisBlock(), barrier, bytes);
+}
+inline void Arrive(uint32_t barrier) { ArriveAt(BlockOf(barrier), Unmapped(barrier), 0); }
+inline void Wait(uint32_t barrier, uint32_t parity) {
+  const Barrier* b = BarrierAt(ThisBlock(), barrier);
+  ThisGpu().WaitUntil([=] { return b->phase % 2 != static_cast<int>(parity); });
+  ThisGpu().Yield();
+}
+
+inline void PublishInBlock(uint32_t address, int value, uint32_t barrier) {
+  std::memcpy(Bytes(BlockOf(address), Unmapped(address), 4), &value, 4);
+  Arrive(barrier);
+}
+inline void WaitPublished(uint32_t barrier, uint32_t parity) { Wait(barrier, parity); }
+
+inline void FenceAsync() {
+  const int self = static_cast<int>(ThisGpu().Self().thread) + 1;
+  for (int& writer : ThisBlock()->unfenced) writer = writer == self ? 0 : writer;
+}
+
+// The element of a tensor that lies in a box, null outside of the tensor.
+inline char* ElementOf(const CUtensorMap& map, int64_t x, int64_t y, int64_t z) {
+  const auto inside = [](int64_t i, uint64_t size) { return i >= 0 && i < int64_t(size); };
+  if (!inside(x, map.dims[0]) || !inside(y, map.dims[1]) || !inside(z, map.dims[2])) return nullptr;
+  return map.data + 2 * x + y * int64_t(map.strides[0]) + z * int64_t(map.strides[1]);
+}
+inline void CheckBox(const CUtensorMap& map, cuuint32_t rank, uint32_t address) {
+  if (map.rank != rank) ThisGpu().Stop("copy with coordinates of another rank");
+  if (address % kPatternBytes != 0) ThisGpu().Stop("copy that is not aligned with the swizzle");
+}
+inline void LoadTo(Block* block, uint32_t to, const CUtensorMap& map, int x, int y, int z,
+                   uint32_t barrier) {
+  Barrier* b = BarrierAt(block, barrier);
+  ThisGpu().Later([=] {
+    for (uint32_t row = 0; row < map.box[1]; ++row) {
+      for (uint32_t column = 0; column < map.box[0]; ++column) {
+        const char* from = ElementOf(map, int64_t{x} + column, int64_t{y} + row, z);
+        uint16_t* element = AsyncElement(block, to + row * kRowBytes + 2 * column);
+        *element = 0;
+        if (from != nullptr) std::memcpy(element, from, 2);
+      }
+    }
+    b->bytes -= int64_t{map.box[0]} * map.box[1] * 2;
+    b->EndIfComplete();
+  });
+}
+inline void Load(uint32_t to, const CUtensorMap& map, int x, int y, uint32_t barrier) {
+  CheckBox(map, 2, to);
+  LoadTo(ThisBlock(), to, map, x, y, 0, barrier);
+}
+inline void Load(uint32_t to, const CUtensorMap& map, int x, int y, int z, uint32_t barrier) {
+  CheckBox(map, 3, to);
+  LoadTo(ThisBlock(), to, map, x, y, z, barrier);
+}
+inline void LoadInBlocks(uint32_t to, const CUtensorMap& map, int x, int y, uint32_t barrier,
+                         uint16_t mask) {
+  CheckBox(map, 2, to);
+  for (int rank = 0; rank < ThisGpu().cluster_size(); ++rank) {
+    if ((mask >> rank & 1) == 0) continue;
+    LoadTo(ThisGpu().BlockOf(ThisBlock()->cluster, rank), to, map, x, y, 0, barrier);
+  }
+}
+
+inline void Store(const CUtensorMap& map, int x, int y, int z, uint32_t from) {
+  CheckBox(map, 3, from);
+  Block* block = ThisBlock();
+  auto store = std::make_shared<std::function<void()>>([=] {
+    for (uint32_t row = 0; row < map.box[1]; ++row) {
+      for (uint32_t column = 0; column < map.box[0]; ++column) {
+        char* to = ElementOf(map, int64_t{x} + column, int64_t{y} + row, z);
+        const uint16_t* element = AsyncElement(block, from + row * kRowBytes + 2 * column);
+        if (to != nullptr) std::memcpy(to, element, 2);
+      }
+    }
+  });
+  ThisGpu().Self().stores.push_back(store);
+  ThisGpu().Later([store] {
+    if (*store) (*store)();
+    *store = nullptr;
+  });
+}
+inline void EndStores() {}
+inline void WaitStores() {
+  for (auto& store : ThisGpu().Self().stores) {
+    if (*store) (*store)();
+    *store = nullptr;
+  }
+  ThisGpu().Self().stores.clear();
+}
+inline void WaitStoresRead() { WaitStores(); }
+
+template <int kRegisters>
+void GiveRegisters() {}
+template <int kRegisters>
+void TakeRegisters() {}
+
+inline uint4 ReadShared(uint32_t address) {
+  uint4 value;
+  std::memcpy(&value, Bytes(ThisBlock(), address, 16), 16);
+  return value;
+}
+inline void WriteShared(uint32_t address, uint4 value) {
+  std::memcpy(Bytes(ThisBlock(), address, 16), &value, 16);
+  ThisBlock()->unfenced[address / 16] = static_cast<int>(ThisGpu().Self().thread) + 1;
+}
+inline int ReadNumber(uint32_t address) {
+  int value;
+  std::memcpy(&value, Bytes(ThisBlock(), address, 4), 4);
+  return value;
+}
+
+// Lane l holds columns 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of each matrix.
+template <bool kTransposed>
+void StoreMatrices(uint32_t to, const uint32_t* m) {
+  emulated::Warp* warp = ThisGpu().Self().warp;
+  const int lane = threadIdx.x % emulated::kWarpLanes;
+  std::copy(m, m + 4, warp->matrices[lane]);
+  __syncwarp();
+  uint16_t row[8];
+  for (int i = 0; i < 8; ++i) {
+    const int r = kTransposed ? i : lane % 8, c = kTransposed ? lane % 8 : i;
+    row[i] = static_cast<uint16_t>(warp->matrices[r * 4 + c / 2][lane / 8] >> (c % 2 * 16));
+  }
+  uint4 piece;
+  std::memcpy(&piece, row, sizeof(piece));
+  WriteShared(to, piece);
+  __syncwarp();
+}
+
+// wgmma.cuh
+
+inline void BeginProducts() {}
+inline void EndProducts() {
+  emulated::Fiber& self = ThisGpu().Self();
+  self.groups.push_back(std::move(self.products));
+  self.products.clear();
+  ThisGpu().Yield();
+}
+template <int kPending>
+void WaitProducts() {
+  auto& groups = ThisGpu().Self().groups;
+  for (; groups.size() > kPending; groups.erase(groups.begin())) {
+    for (const auto& product : groups.front()) product();
+  }
+  __syncwarp();  // a warp goes on together
+}
+inline void TakeResults(float (&)[kAccumulators]) {
+  const emulated::Fiber& self = ThisGpu().Self();
+  if (!self.groups.empty() || !self.products.empty()) ThisGpu().Stop("results not waited for");
+}
+
+// Element (i, k) of a factor with kInstructionDepth elements of the contraction.
+inline float Factor(Block* block, uint64_t descriptor, bool transposed, int i, int k) {
+  const auto field = [=](int bit) {
+    return static_cast<uint32_t>(descriptor >> bit & 0x3fff) * 16;
+  };
+  const uint32_t start = field(0), leading = field(16), stride = field(32);
+  uint32_t address;
+  if (transposed) {
+    address = i / 64 * leading + i % 64 * 2 + k / 8 * stride + k % 8 * kRowBytes;
+  } else {
+    address = i / 8 * stride + i % 8 * kRowBytes + k * 2;
+  }
+  return __bfloat162float({*AsyncElement(block, start + address)});
+}
+
+template <int kN, bool kTransposedA, bool kTransposedB>
+struct Product {
+  static void Do(float (&d)[kAccumulators], uint32_t a, uint32_t b, int add) {
+    Block* block = ThisBlock();
+    const int thread = threadIdx.x % 128, lane = thread % emulated::kWarpLanes;
+    float* results = d;
+    const auto run = [=] {
+      for (int i = 0; i < kN / 2; ++i) {
+        const int row = thread / emulated::kWarpLanes * 16 + lane / 4 + i / 2 % 2 * 8;
+        const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        float sum = add ? results[i] : 0;
+        for (int k = 0; k < kInstructionDepth; ++k) {
+          sum += Factor(block, WholeDescriptor(a), kTransposedA, row, k) *
+                 Factor(block, WholeDescriptor(b), kTransposedB, column, k);
+        }
+        results[i] = sum;
+      }
+    };
+    if (ThisGpu().lazy()) {
+      ThisGpu().Self().products.push_back(run);
+    } else {
+      run();
+    }
+  }
+};
+
+}  // namespace jaxmoe::gemm
+
+#endif  // JAXMOE_XLA_FFI_TESTS_EMULATED_INSTRUCTIONS_H_

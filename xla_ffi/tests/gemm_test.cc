@@ -1,0 +1,196 @@
+// The kernels of xla_ffi/gemm on an emulated GPU, against sums in double.
+
+// clang-format off: the emulated instructions take the place of the real ones.
+#include "xla_ffi/tests/emulated/instructions.h"
+#include "xla_ffi/gemm/products.cu"
+#include "xla_ffi/gemm/tensor_map.cc"
+#include "xla_ffi/tests/check.h"
+// clang-format on
+
+namespace jaxmoe::gemm {
+namespace {
+
+constexpr int kNumSms = 4;
+constexpr uint16_t kNan = 0xffff;
+
+// Values of an array on the "device"; kernels want more alignment than malloc gives.
+class Array {
+ public:
+  Array(int64_t size, std::mt19937* random) : Array(size) {
+    std::normal_distribution<float> normal;
+    for (__nv_bfloat16& value : values_) value = __float2bfloat16(normal(*random));
+  }
+  explicit Array(int64_t size) : values_(size, __nv_bfloat16{kNan}) {}
+
+  void Poison(int64_t begin) { std::fill(values_.begin() + begin, values_.end(), Nan()); }
+  double operator[](int64_t i) const { return __bfloat162float(values_[i]); }
+  void* data() { return values_.data(); }
+
+ private:
+  static __nv_bfloat16 Nan() { return {kNan}; }
+  std::vector<__nv_bfloat16> values_;
+};
+
+// Largest |got - want| / (|want| + 1); huge for NaN.
+class Worst {
+ public:
+  void Add(double got, double want) {
+    const double error = std::abs(got - want) / (std::abs(want) + 1);
+    worst_ = error <= worst_ ? worst_ : std::isnan(error) ? 1e9 : error;
+  }
+  double value() const { return worst_; }
+
+ private:
+  double worst_ = 0;
+};
+
+// A result is a sum in float32, rounded once: by no more than 1 / 256.
+constexpr double kRounding = 1.0 / 250;
+
+struct Problem {
+  Shape shape;
+  std::vector<int32_t> sizes;
+
+  int64_t NumUsedRows() const {
+    int64_t rows = 0;
+    for (const int32_t size : sizes) rows += size;
+    return rows;
+  }
+};
+
+// Arrays of all products of a problem. Rows that belong to no group, and results, begin as NaN.
+struct Arrays {
+  Arrays(const Problem& p, std::mt19937* random)
+      : x(p.shape.num_rows * p.shape.dim, random),
+        d_y(p.shape.num_rows * p.shape.features, random),
+        w(p.shape.num_groups * p.shape.dim * p.shape.features, random),
+        up(p.shape.num_groups * p.shape.dim * p.shape.features, random),
+        y(p.shape.num_rows * p.shape.features),
+        h(p.shape.num_rows * p.shape.features),
+        a(p.shape.num_rows * p.shape.features),
+        b(p.shape.num_rows * p.shape.features),
+        d_x(p.shape.num_rows * p.shape.dim),
+        d_w(p.shape.num_groups * p.shape.dim * p.shape.features) {
+    x.Poison(p.NumUsedRows() * p.shape.dim);
+    d_y.Poison(p.NumUsedRows() * p.shape.features);
+  }
+  Array x, d_y, w, up, y, h, a, b, d_x, d_w;
+};
+
+void Launch(const Problem& p, Arrays* on) {
+  const Shape& s = p.shape;
+  const int32_t* sizes = p.sizes.data();
+  int32_t counter = -1;
+  CHECK(LaunchForward(nullptr, kNumSms, s, on->x.data(), on->w.data(), sizes, on->y.data(),
+                      &counter) == cudaSuccess);
+  CHECK(LaunchInputGrad(nullptr, kNumSms, s, on->d_y.data(), on->w.data(), sizes, on->d_x.data(),
+                        &counter) == cudaSuccess);
+  CHECK(LaunchWeightGrad(nullptr, kNumSms, s, on->x.data(), on->d_y.data(), sizes, on->d_w.data(),
+                         &counter) == cudaSuccess);
+  CHECK(LaunchSwiglu(nullptr, kNumSms, s, on->x.data(), on->w.data(), on->up.data(), sizes,
+                     on->h.data(), on->a.data(), on->b.data(), &counter) == cudaSuccess);
+}
+
+// A group's products, row by row.
+struct Errors {
+  Worst forward, input_grad, weight_grad, swiglu, saved;
+
+  void AddGroup(const Shape& s, const Arrays& on, int64_t group, int64_t begin, int64_t end) {
+    const int64_t first = group * s.dim * s.features;
+    std::vector<double> d_w(s.dim * s.features);
+    for (int64_t row = begin; row < end; ++row) {
+      std::vector<double> gate(s.features), up(s.features);
+      for (int64_t d = 0; d < s.dim; ++d) {
+        const double x = on.x[row * s.dim + d];
+        double d_x = 0;
+        for (int64_t f = 0; f < s.features; ++f) {
+          const double w = on.w[first + d * s.features + f], d_y = on.d_y[row * s.features + f];
+          gate[f] += x * w;
+          up[f] += x * on.up[first + d * s.features + f];
+          d_x += d_y * w;
+          d_w[d * s.features + f] += x * d_y;
+        }
+        input_grad.Add(on.d_x[row * s.dim + d], d_x);
+      }
+      for (int64_t f = 0; f < s.features; ++f) {
+        const int64_t at = row * s.features + f;
+        forward.Add(on.y[at], gate[f]);
+        saved.Add(on.a[at], gate[f]);
+        saved.Add(on.b[at], up[f]);
+        // From the rounded values: SwiGLU may amplify what their rounding did.
+        swiglu.Add(on.h[at], on.a[at] / (1 + std::exp(-on.a[at])) * on.b[at]);
+      }
+    }
+    for (size_t i = 0; i < d_w.size(); ++i) weight_grad.Add(on.d_w[first + i], d_w[i]);
+  }
+
+  void AddUnused(const Shape& s, const Arrays& on, int64_t begin) {
+    for (int64_t i = begin * s.dim; i < s.num_rows * s.dim; ++i) CHECK(on.d_x[i] == 0);
+    for (int64_t i = begin * s.features; i < s.num_rows * s.features; ++i) {
+      CHECK(on.y[i] == 0 && on.h[i] == 0 && on.a[i] == 0 && on.b[i] == 0);
+    }
+  }
+};
+
+void CheckProducts(const Problem& p) {
+  std::mt19937 random(1);
+  Arrays arrays(p, &random);
+  Launch(p, &arrays);
+  Errors errors;
+  int64_t begin = 0;
+  for (int64_t group = 0; group < p.shape.num_groups; ++group) {
+    errors.AddGroup(p.shape, arrays, group, begin, begin + p.sizes[group]);
+    begin += p.sizes[group];
+  }
+  errors.AddUnused(p.shape, arrays, begin);
+  CHECK(errors.forward.value() < kRounding);
+  CHECK(errors.input_grad.value() < kRounding);
+  CHECK(errors.weight_grad.value() < kRounding);
+  CHECK(errors.saved.value() < kRounding);
+  CHECK(errors.swiglu.value() < kRounding);
+}
+
+TEST(OneRow) { CheckProducts({{1, 8, 8, 1}, {1}}); }
+TEST(NoRows) { CheckProducts({{40, 64, 64, 2}, {0, 0}}); }
+TEST(WholeTiles) { CheckProducts({{256, 64, 128, 2}, {128, 128}}); }
+TEST(UnevenAndEmptyGroupsAndRowsLeftOver) {
+  CheckProducts({{140, 72, 136, 5}, {0, 1, 100, 0, 17}});
+}
+TEST(OneHugeGroup) { CheckProducts({{290, 16, 72, 3}, {3, 277, 0}}); }
+TEST(MoreStepsThanStages) { CheckProducts({{40, 328, 264, 2}, {20, 13}}); }
+TEST(EveryWidthOfTheProduct) {
+  Problem p = {{0, 16, 8, 16}, {}};
+  for (int columns = 16; columns <= kMaxColumns; columns += 16) {
+    p.sizes.push_back(columns - 5);
+  }
+  p.shape.num_rows = p.NumUsedRows();
+  CheckProducts(p);
+}
+TEST(MoreGroupsThanLanes) {
+  Problem p = {{0, 8, 16, 70}, {}};
+  for (int group = 0; group < 70; ++group) p.sizes.push_back(group * 7 % 5);
+  p.shape.num_rows = p.NumUsedRows() + 3;
+  CheckProducts(p);
+}
+
+TEST(SizesBeyondTheRowsAreCutOff) {
+  Problem p = {{20, 8, 8, 3}, {15, 30, 9}};
+  std::mt19937 random(1);
+  Array x(20 * 8, &random), w(3 * 8 * 8, &random), y(20 * 8);
+  int32_t counter = -1;
+  CHECK(LaunchForward(nullptr, kNumSms, p.shape, x.data(), w.data(), p.sizes.data(), y.data(),
+                      &counter) == cudaSuccess);
+  for (int64_t i = 0; i < 20 * 8; ++i) CHECK(!std::isnan(y[i]));
+}
+
+TEST(WidthsThatTheCopyEngineCannotAddressAreRefused) {
+  std::mt19937 random(1);
+  Array x(4 * 12, &random), w(12 * 8, &random), y(4 * 8);
+  const int32_t size = 4;
+  int32_t counter = -1;
+  CHECK(LaunchForward(nullptr, kNumSms, {4, 12, 8, 1}, x.data(), w.data(), &size, y.data(),
+                      &counter) != cudaSuccess);
+}
+
+}  // namespace
+}  // namespace jaxmoe::gemm
