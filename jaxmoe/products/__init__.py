@@ -83,13 +83,13 @@ def choose_backend(
     if backend in ("blocked", "ragged_dot"):
         return Choice(backend, "asked for")
     device = device or _default_device()
-    reason = cuda.why_not(jnp.dtype(dtype), widths, device)
+    reason = "it must be asked for by name, until it has been tested on a GPU"
+    if backend == "cuda" or AUTO_TAKES_CUDA:  # which loads its library
+        reason = cuda.why_not(jnp.dtype(dtype), widths, device)
     if backend == "cuda":
         if reason:
             raise RuntimeError(f"grouped_matmul: backend 'cuda' cannot run here: {reason}.")
         return Choice(backend, "asked for")
-    if not reason and not AUTO_TAKES_CUDA:
-        reason = "it must be asked for by name, until it has been tested on a GPU"
     if not reason:
         return _announce(Choice("cuda", "it can run"), slow=False)
     known = device.platform in ("cpu", "gpu")
