@@ -58,9 +58,10 @@ def place(config: Config, a: np.ndarray) -> jax.Array:
     mesh, a = cases.make_mesh(config), cases.devices_first(config, a)
     if mesh is None:
         return jnp.asarray(a)
-    # Across processes device_put would compare the array by a native collective.
+    # Across processes device_put would compare the array by a native collective. The dtype is for
+    # processes that have no device of the mesh.
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    return jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])
+    return jax.make_array_from_callback(a.shape, sharding, lambda index: a[index], dtype=a.dtype)
 
 
 def fetch(config: Config, tree: Any) -> Any:
