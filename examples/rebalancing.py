@@ -33,7 +33,7 @@ class Plan(NamedTuple):
     num_moves: list[int]
     """Slots of each layer that get another expert."""
     before: list[float]
-    """Load of each layer's busiest device by the mean, as placed now."""
+    """Load of each layer's busiest device by the mean, as placed now; replicas share evenly."""
     after: list[float]
     """The same as placed by the plan."""
 

@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from model import Transformer, make_group, split_model
 from presets import PRESETS, ModelConfig, RunConfig, SettingsError, from_json, to_json
 from rebalancing import Rebalancer
 from tokens import load_tokenizer
+from trainer import Trainer
 from training import EXPERT_ARRAYS, Learner, TrainState
 
 TINY = PRESETS["tiny"]
@@ -191,15 +193,21 @@ def test_an_interrupted_move_leaves_whole_states(
     assert rebalancer is not None
     bits = [np.array(leaf) for leaf in jax.tree.leaves(old)]
     moves = rebalancer.decide(old).moves
-    between = rebalancer.move(old, moves[0])
-    with monkeypatch.context() as patch:
+    made: list[Any] = []
 
-        def interrupted(*args: Any) -> Any:
+    def interrupted_in_the_second_layer(*args: Any) -> Any:
+        if made:
             raise KeyboardInterrupt
+        made.append(migrate(*args))
+        return made[0]
 
-        patch.setattr(rebalancer, "_migrate", interrupted)
+    migrate = rebalancer._migrate
+    loop: Any = SimpleNamespace(state=old, step=4, _read_metrics=lambda: None, metrics=None)
+    with monkeypatch.context() as patch:
+        patch.setattr(rebalancer, "_migrate", interrupted_in_the_second_layer)
         with pytest.raises(KeyboardInterrupt):
-            rebalancer.move(between, moves[1])
+            Trainer._rebalance(loop, rebalancer)
+    between = loop.state
     for leaf, want in zip(jax.tree.leaves(old), bits, strict=True):
         np.testing.assert_array_equal(leaf, want)
     # One layer moved, the other one did not: the same model.
