@@ -17,12 +17,13 @@ from presets import RunConfig, SettingsError, from_json, to_json
 if TYPE_CHECKING:
     from flax import nnx
 
+    from jaxmoe.balance import LoadStatistics
     from training import TrainState
 
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
-PICTURES = ("loss.png", "experts.png", "load.png", "imbalance.png")
+PICTURES = ("loss.png", "experts.png", "load.png", "imbalance.png", "traffic.png")
 
 
 class CheckpointError(RuntimeError):
@@ -122,6 +123,7 @@ class Checkpoints:
         handlers = {
             "model": ocp.StandardCheckpointHandler(),
             "optimizer": ocp.StandardCheckpointHandler(),
+            "load": ocp.StandardCheckpointHandler(),
             "position": ocp.JsonCheckpointHandler(),
         }
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
@@ -133,15 +135,15 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, position: Position) -> None:
         """Copies the state off the devices and writes it in the background; atomic by a rename."""
         args = self._ocp.args
-        self._manager.save(
-            step,
-            args=args.Composite(
-                # Apart, so that decoding reads the model alone.
-                model=args.StandardSave({"params": state.params, "router": state.router}),
-                optimizer=args.StandardSave({"state": state.opt_state, "step": state.step}),
-                position=args.JsonSave(vars(position)),
-            ),
-        )
+        items = {
+            # Apart, so that decoding reads the model alone.
+            "model": args.StandardSave({"params": state.params, "router": state.router}),
+            "optimizer": args.StandardSave({"state": state.opt_state, "step": state.step}),
+            "position": args.JsonSave(vars(position)),
+        }
+        if state.load is not None:
+            items["load"] = args.StandardSave(_load_arrays(state.load))
+        self._manager.save(step, args=args.Composite(**items))
 
     def read_position(self, step: int) -> Position:
         """Where the run stood at a step."""
@@ -154,11 +156,28 @@ class Checkpoints:
         return self._restore(step, model=self._ocp.args.StandardRestore(target))["model"]
 
     def read_state(self, step: int, abstract: TrainState) -> TrainState:
-        """The whole state of a step, with the shapes, dtypes and shardings of `abstract`."""
+        """The whole state of a step, with the shapes, dtypes and shardings of `abstract`.
+
+        `load` is None where the checkpoint has none of these shapes: it is of a run that did not
+        rebalance, or of one on other devices.
+        """
         model = self.read_model(step, abstract.params, abstract.router)
         target = {"state": abstract.opt_state, "step": abstract.step}
         rest = self._restore(step, optimizer=self._ocp.args.StandardRestore(target))["optimizer"]
-        return type(abstract)(**model, opt_state=rest["state"], step=rest["step"])
+        load = self._read_load(step, abstract.load)
+        return type(abstract)(**model, opt_state=rest["state"], step=rest["step"], load=load)
+
+    def _read_load(self, step: int, abstract: LoadStatistics | None) -> LoadStatistics | None:
+        if abstract is None or not (self.folder / str(step) / "load").is_dir():
+            return None
+        target = _load_arrays(abstract)
+        with self._explained(step):
+            stored = _shapes(self._manager.item_metadata(step)["load"])
+        if stored != _shapes(target):
+            return None
+        arrays = self._restore(step, load=self._ocp.args.StandardRestore(target))["load"]
+        weight = arrays.pop("weight")
+        return type(abstract)(type(abstract.sums)(**arrays), weight)
 
     def _check_shapes(self, step: int, target: Any) -> None:
         """Raises CheckpointError when the checkpoint is of a model of other sizes."""
@@ -198,6 +217,11 @@ class Checkpoints:
         """Waits for the writing to end; raises what went wrong in the background."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _load_arrays(load: LoadStatistics) -> dict[str, Any]:
+    """The statistics as a checkpoint holds them."""
+    return {**vars(load.sums), "weight": load.weight}
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

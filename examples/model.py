@@ -36,17 +36,13 @@ def make_group(
 
     max_tokens: the most tokens per device in one call of the model.
     """
-    if mesh is not None and config.num_experts % mesh.shape["expert"]:
-        raise SettingsError(
-            f"model: num_experts ({config.num_experts}) must be divisible by the "
-            f"{mesh.shape['expert']} devices of the expert axis. Change --model.num-experts, "
-            "--devices or --data-parallel."
-        )
+    if mesh is not None:
+        _check_slots(config, mesh.shape["expert"])
     try:
         return jaxmoe.ExpertParallel(
             mesh,
             axis="expert",
-            num_experts=config.num_experts,
+            num_experts=config.num_slots,
             top_k=config.top_k,
             dim=config.dim,
             max_tokens=max_tokens,
@@ -58,12 +54,32 @@ def make_group(
         raise SettingsError(str(error)) from error
 
 
+def _check_slots(config: ModelConfig, num_devices: int) -> None:
+    """Raises SettingsError for slots that the devices of the expert axis cannot share evenly."""
+    left = config.num_slots % num_devices
+    if not left:
+        return
+    if config.redundant_experts is None:
+        raise SettingsError(
+            f"model: num_experts ({config.num_experts}) must be divisible by the {num_devices} "
+            "devices of the expert axis. Change --model.num-experts, --devices or --data-parallel."
+        )
+    raise SettingsError(
+        f"model: num_experts + redundant_experts ({config.num_experts} + "
+        f"{config.redundant_experts}) must be divisible by the {num_devices} devices of the expert "
+        f"axis. Train with --model.redundant-experts "
+        f"{config.redundant_experts + num_devices - left}, or change --devices or --data-parallel."
+    )
+
+
 def token_sharding(mesh: Mesh) -> NamedSharding:
     """Batch rows lie on all devices: those of the expert axis hold different tokens, too."""
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
-def _moe(config: ModelConfig, group: jaxmoe.ExpertParallel, rngs: nnx.Rngs) -> jaxmoe.MoE:
+def _moe(
+    config: ModelConfig, group: jaxmoe.ExpertParallel, observe_load: bool, rngs: nnx.Rngs
+) -> jaxmoe.MoE:
     return jaxmoe.MoE(
         group,
         config.expert_hidden_dim,
@@ -77,6 +93,9 @@ def _moe(config: ModelConfig, group: jaxmoe.ExpertParallel, rngs: nnx.Rngs) -> j
             jitter=config.jitter,
         ),
         use_bias=True,
+        # Without replicas or moves the layer needs no placement.
+        num_experts=None if config.redundant_experts is None else config.num_experts,
+        observe_load=observe_load,
         rngs=rngs,
     )
 
@@ -90,6 +109,7 @@ class Block(nnx.Module):
         group: jaxmoe.ExpertParallel | None,
         *,
         dtype: jnp.dtype,
+        observe_load: bool,
         rngs: nnx.Rngs,
     ) -> None:
         """group: None for a dense layer."""
@@ -97,7 +117,7 @@ class Block(nnx.Module):
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
         self.feed_forward_norm = RMSNorm(config.dim)
         self.dense = SwiGLU(config, dtype=dtype, rngs=rngs) if group is None else None
-        self.moe = None if group is None else _moe(config, group, rngs)
+        self.moe = None if group is None else _moe(config, group, observe_load, rngs)
 
     def __call__(
         self,
@@ -137,8 +157,10 @@ class Transformer(nnx.Module):
         vocab_size: int,
         group: jaxmoe.ExpertParallel,
         *,
+        observe_load: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
+        """observe_load: count who goes where, for `Output.stats.load`."""
         self.config = config
         self.mesh = group.mesh
         dtype = self.dtype = group.dtype
@@ -147,7 +169,11 @@ class Transformer(nnx.Module):
         self.blocks = nnx.List(
             [
                 Block(
-                    config, group if i >= config.num_dense_layers else None, dtype=dtype, rngs=rngs
+                    config,
+                    group if i >= config.num_dense_layers else None,
+                    dtype=dtype,
+                    observe_load=observe_load,
+                    rngs=rngs,
                 )
                 for i in range(config.num_layers)
             ]
@@ -209,16 +235,23 @@ class Transformer(nnx.Module):
         )
         return logits.reshape(*x.shape[:2], -1)
 
+    @property
+    def moe_layers(self) -> list[jaxmoe.MoE]:
+        """The mixtures of experts, in the order of `Output.stats`."""
+        return [block.moe for block in self.blocks if block.moe is not None]
+
     def update_bias(self, stats: jaxmoe.MoEStats, rate: float) -> None:
         """Moves each layer's selection bias against its load in `stats`, stacked as in `Output`."""
-        layers = [block.moe for block in self.blocks if block.moe is not None]
-        for i, moe in enumerate(layers):
+        for i, moe in enumerate(self.moe_layers):
             moe.update_bias(jax.tree.map(lambda leaf, i=i: leaf[i], stats), rate)
 
 
 def split_model(
     model: Transformer,
 ) -> tuple[nnx.GraphDef[Transformer], nnx.State, nnx.State]:
-    """A model's structure, the parameters that the optimiser trains, and its routers' biases."""
+    """A model's structure, the parameters that the optimiser trains, and the routers' state.
+
+    That is their selection biases, and the placements of experts that can move.
+    """
     graphdef, params, router = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
     return graphdef, params, router

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from jaxmoe.balance import Observation, Placement, device_loads
 from jaxmoe.balance import plots as balance_plots
 
 # More columns than this cannot be told apart in the picture.
@@ -74,6 +75,21 @@ def draw_balance(records: list[dict[str, Any]], folder: Path) -> None:
         recent = np.mean(loads[-_RECENT:], axis=0)
         balance_plots.draw_load(recent, folder / "load.png")
         balance_plots.draw_imbalance({"experts": recent}, folder / "imbalance.png")
+
+
+def draw_devices(load: Observation, placements: list[Placement], folder: Path) -> None:
+    """Imbalance of experts and of devices by layer, and who sends to whom in all layers.
+
+    load: means on the host, stacked over the layers.
+    """
+    experts, traffic = load.tokens_per_expert, np.asarray(load.traffic)
+    devices = [
+        device_loads(placement, experts[layer], traffic.shape[-1])
+        for layer, placement in enumerate(placements)
+    ]
+    loads = {"experts": experts, "devices": np.stack(devices)}
+    balance_plots.draw_imbalance(loads, folder / "imbalance.png")
+    balance_plots.draw_traffic(traffic.sum(0), folder / "traffic.png")
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

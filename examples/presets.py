@@ -37,6 +37,10 @@ class ModelConfig:
     dense_hidden_dim: int = 384
     num_experts: int = 16
     """Routed experts E of a layer; must be divisible by the devices of the expert axis."""
+    redundant_experts: int | None = None
+    """Slots beyond the num_experts, for replicas of busy experts; 0: experts only change places.
+    Both together must be divisible by the devices of the expert axis. None: each expert stays where
+    it is."""
     top_k: int = 4
     """Routed experts K that a token uses."""
     expert_hidden_dim: int = 96
@@ -61,6 +65,11 @@ class ModelConfig:
     remat: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
 
+    @property
+    def num_slots(self) -> int:
+        """Experts that all devices of the expert axis hold together, replicas included."""
+        return self.num_experts + (self.redundant_experts or 0)
+
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise SettingsError(
@@ -79,6 +88,11 @@ class ModelConfig:
         if not 1 <= self.top_k <= self.num_experts:
             raise SettingsError(
                 f"model: top_k ({self.top_k}) must be from 1 to num_experts ({self.num_experts})."
+            )
+        if self.redundant_experts is not None and self.redundant_experts < 0:
+            raise SettingsError(
+                f"model: redundant_experts ({self.redundant_experts}) must be at least 0, the "
+                "slots for replicas; 0 lets experts change places without having any."
             )
         if self.num_experts % self.num_groups or not 1 <= self.top_groups <= self.num_groups:
             raise SettingsError(
@@ -132,11 +146,29 @@ class TrainConfig:
     load_every: int = 10
     """Steps between two records of the tokens per expert."""
 
+    rebalance_every: int = 0
+    """Steps between two looks at the load, after which experts and their optimiser state may move
+    to other slots; needs --model.redundant-experts. 0: never."""
+    rebalance_moves: int = 8
+    """Most slots of a layer that get another expert at one look."""
+    rebalance_min_gain: float = 0.05
+    """Part of the busiest device's load that must fall away for experts to move."""
+
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_windows"):
             _at_least_one("train", name, getattr(self, name))
-        for name in ("checkpoint_every", "keep_checkpoints", "load_every"):
+        for name in ("checkpoint_every", "keep_checkpoints", "load_every", "rebalance_moves"):
             _at_least_one("train", name, getattr(self, name))
+        if self.rebalance_every < 0:
+            raise SettingsError(
+                f"train: rebalance_every ({self.rebalance_every}) must be at least 0, the steps "
+                "between two looks at the load; 0 is never."
+            )
+        if not 0.0 <= self.rebalance_min_gain < 1.0:
+            raise SettingsError(
+                f"train: rebalance_min_gain ({self.rebalance_min_gain}) must be from 0 to below 1, "
+                "the part of the busiest device's load that must fall away."
+            )
         if self.batch_size % self.accumulate:
             raise SettingsError(
                 f"train: batch_size ({self.batch_size}) must be a multiple of accumulate "
@@ -180,6 +212,12 @@ class RunConfig:
         if self.resume and self.overwrite:
             raise SettingsError(
                 "--resume keeps a run and --overwrite deletes it: give one of them."
+            )
+        if self.train.rebalance_every and self.model.redundant_experts is None:
+            raise SettingsError(
+                f"train: rebalance_every ({self.train.rebalance_every}) needs slots that experts "
+                "can move among. Give --model.redundant-experts: 0, or the number of slots for "
+                "replicas."
             )
 
     @property

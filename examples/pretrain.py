@@ -3,9 +3,10 @@
     python examples/pretrain.py                        # the demo preset on 8 virtual devices
     python examples/pretrain.py --preset tiny --train.steps 50
     python examples/pretrain.py --run-dir runs/demo --resume
+    python examples/pretrain.py --model.redundant-experts 8 --train.rebalance-every 20
 
 The run's folder gets its settings, metrics.jsonl, pictures (loss.png, experts.png, load.png,
-imbalance.png) and checkpoints.
+imbalance.png, and traffic.png where experts move) and checkpoints.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from data import Corpus, EvalBatch, eval_batches, load_corpus, train_batches
 from metrics import MetricsLog, read_metrics
 from model import make_group
 from presets import RunConfig
+from rebalancing import Rebalancer, host_load
 from tokens import load_tokenizer
 from training import Learner, StepMetrics, TrainState, make_schedule
 
@@ -65,7 +66,8 @@ def train(config: RunConfig) -> Summary:
         transport=config.transport,
     )
     learner = Learner(config, tokenizer.vocab_size, group, mesh)
-    trainer = Trainer(config, learner, corpus, tokenizer.vocab_size)
+    rebalancer = Rebalancer(learner, mesh) if learner.rebalances else None
+    trainer = Trainer(config, learner, rebalancer, corpus, tokenizer.vocab_size)
     try:
         with runtime.StopSignal() as stop:
             return trainer.run(stop)
@@ -77,11 +79,17 @@ class Trainer:
     """One run: the state between the steps and the files in its folder."""
 
     def __init__(
-        self, config: RunConfig, learner: Learner, corpus: Corpus, vocab_size: int
+        self,
+        config: RunConfig,
+        learner: Learner,
+        rebalancer: Rebalancer | None,
+        corpus: Corpus,
+        vocab_size: int,
     ) -> None:
         cfg = config.train
         self.config = config
         self.learner = learner
+        self.rebalancer = rebalancer
         self.corpus = corpus
         self.vocab_size = vocab_size
         self.schedule = make_schedule(cfg)
@@ -117,6 +125,9 @@ class Trainer:
         cfg = self.config.train
         while self.step < cfg.steps:
             self._take_step()
+            # Before the step's checkpoint: what is resumed has moved already.
+            if self.rebalancer and self.step % cfg.rebalance_every == 0:
+                self._rebalance(self.rebalancer)
             if self.step % cfg.eval_every == 0 and self.step < cfg.steps:
                 self._evaluate(self.some_windows)
             if self.step % cfg.checkpoint_every == 0:
@@ -148,6 +159,22 @@ class Trainer:
         # most two steps are under way (jax 0.11 hangs on a CPU with some 35 of them).
         self._read_metrics()
         self._unread = (self.step, report)
+
+    def _rebalance(self, rebalancer: Rebalancer) -> None:
+        """Moves experts of the layers where it pays, one layer after the other."""
+        self._read_metrics()
+        plan = rebalancer.decide(self.state)
+        for move in plan.moves:
+            self.state = rebalancer.move(self.state, move)
+        if self.metrics is not None:
+            self.metrics.write(
+                self.step,
+                moves=plan.num_moves,
+                device_balance_before=[round(value, 3) for value in plan.before],
+                device_balance_after=[round(value, 3) for value in plan.after],
+            )
+        self._show(devices=f"{max(plan.after):.2f}x")
+        self._clock = time.perf_counter()
 
     def _read_metrics(self) -> None:
         """Waits for the last unread step and records it."""
@@ -223,6 +250,9 @@ class Trainer:
             plots.draw_loss(records, self.config.folder / "loss.png")
             plots.draw_experts(records, self.config.folder / "experts.png")
             plots.draw_balance(records, self.config.folder)
+            if self.rebalancer is not None:
+                placements = self.rebalancer.placements(self.state)
+                plots.draw_devices(host_load(self.state), placements, self.config.folder)
 
     def _save(self) -> None:
         """Begins a checkpoint of the present step, once it is known to be sound."""
@@ -248,6 +278,8 @@ class Trainer:
                 "unchanged files, or train in a new --run-dir."
             )
         state = self.checkpoints.read_state(step, self.learner.abstract_state)
+        if state.load is None:
+            state = state._replace(load=self.learner.init_load())
         self.batches.set_state(position.data)
         log.info("resumed from step %d", step)
         return step, state

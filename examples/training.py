@@ -13,8 +13,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 import jaxmoe
+from jaxmoe.balance import LoadStatistics, no_statistics, update
 from model import Transformer, split_model, token_sharding
 from presets import RunConfig, SettingsError, TrainConfig
+
+EXPERT_ARRAYS = ("gate", "up", "down")
+"""Parameters of a MoE layer that have a row for each slot."""
 
 
 class TrainState(NamedTuple):
@@ -23,10 +27,12 @@ class TrainState(NamedTuple):
     params: nnx.State
     """What the optimiser trains, float32."""
     router: nnx.State
-    """Selection biases of the routers, which follow the load and take no gradient."""
+    """Selection biases of the routers and placements of the experts; they take no gradient."""
     opt_state: optax.OptState
     step: Int32[Array, ""]
     """Steps taken."""
+    load: LoadStatistics | None
+    """Of the MoE layers, for rebalancing; None without it."""
 
 
 class StepMetrics(NamedTuple):
@@ -57,9 +63,12 @@ def make_schedule(config: TrainConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm; only matrices decay."""
+    """AdamW after clipping by the global norm; only matrices decay.
+
+    `update` takes the norm as `norm`, where replicas make it another than that of all arrays.
+    """
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        _clip_by_norm(config.clip_norm),
         optax.adamw(
             make_schedule(config),
             b1=config.beta1,
@@ -68,6 +77,17 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
             mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params),
         ),
     )
+
+
+def _clip_by_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm`, for a norm that is given."""
+
+    def clip(grads: Any, state: Any, params: Any = None, *, norm: Any = None, **_: Any) -> Any:
+        norm = optax.tree.norm(grads) if norm is None else norm
+        fits = norm < max_norm
+        return jax.tree.map(lambda g: jnp.where(fits, g, g / norm * max_norm), grads), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), clip)
 
 
 class Learner:
@@ -83,9 +103,15 @@ class Learner:
                 "devices. Change --train.batch-size, --train.accumulate or --devices."
             )
         self.config = config
+        self.group = group
+        self.rebalances = config.train.rebalance_every > 0
         self.optimizer = make_optimizer(config.train)
         self._new_model = lambda: Transformer(
-            config.model, vocab_size, group, rngs=nnx.Rngs(config.train.seed)
+            config.model,
+            vocab_size,
+            group,
+            observe_load=self.rebalances,
+            rngs=nnx.Rngs(config.train.seed),
         )
         self.graphdef = nnx.graphdef(nnx.eval_shape(self._new_model))
         self.abstract_state = with_shardings(jax.eval_shape(self._init), mesh)
@@ -95,6 +121,10 @@ class Learner:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         self.init: Callable[[], TrainState] = jax.jit(self._init, out_shardings=shardings)
         """A fresh state from the seed."""
+        self.init_load: Callable[[], LoadStatistics | None] = jax.jit(
+            self._init_load, out_shardings=everywhere
+        )
+        """Statistics before the first step."""
         self.train_step: Callable[..., tuple[TrainState, StepMetrics]] = jax.jit(
             self._train_step, out_shardings=(shardings, everywhere), donate_argnums=0
         )
@@ -104,7 +134,15 @@ class Learner:
 
     def _init(self) -> TrainState:
         _, params, router = split_model(self._new_model())
-        return TrainState(params, router, self.optimizer.init(params), jnp.int32(0))
+        opt_state = self.optimizer.init(params)
+        return TrainState(params, router, opt_state, jnp.int32(0), self._init_load())
+
+    def _init_load(self) -> LoadStatistics | None:
+        model = self.config.model
+        if not self.rebalances:
+            return None
+        num_layers = model.num_layers - model.num_dense_layers
+        return no_statistics(num_layers, model.num_experts, self.group.num_devices)
 
     def _losses(
         self, params: nnx.State, router: nnx.State, tokens: Array, key: Array | None
@@ -135,11 +173,12 @@ class Learner:
         zeros = jax.tree.map(jnp.zeros_like, state.params)
         grads, (losses, stats) = jax.lax.scan(micro_step, zeros, (tokens, keys))
         grads = jax.tree.map(lambda g: g / cfg.accumulate, grads)
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        norm = self._norm(grads, state.router)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params, norm=norm)
         total = jax.tree.map(lambda leaf: leaf.sum(0), stats)
         metrics = StepMetrics(
             loss=losses.mean(),
-            grad_norm=optax.global_norm(grads),
+            grad_norm=norm,
             entropy=stats.entropy.mean(),
             num_dropped=total.num_dropped.sum(),
             tokens_per_expert=total.tokens_per_expert,
@@ -149,8 +188,31 @@ class Learner:
             router=self._balanced(state, total),
             opt_state=opt_state,
             step=state.step + 1,
+            load=self._observed(state, total),
         )
         return new_state, metrics
+
+    def _norm(self, grads: nnx.State, router: nnx.State) -> Array:
+        """Global norm of the gradients, in which an expert counts once, whatever its replicas."""
+        # The model's variables are those of the states that it is made of: not to be scaled here.
+        model = nnx.merge(self.graphdef, jax.tree.map(lambda g: g, grads), router)
+        for moe in model.moe_layers:
+            placement = moe.placement
+            if placement is not None:
+                share = jax.lax.rsqrt(placement.counts.astype(jnp.float32))
+                share = share[placement.slot_experts][:, None, None]
+                for name in EXPERT_ARRAYS:
+                    array = getattr(moe, name)
+                    array[...] = array[...] * share
+        return optax.tree.norm(split_model(model)[1])
+
+    def _observed(self, state: TrainState, stats: jaxmoe.MoEStats) -> LoadStatistics | None:
+        """The load statistics after a step."""
+        if state.load is None or stats.load is None:
+            return None
+        # They look back on about as many steps as lie between two looks.
+        decay = 1 - 1 / self.config.train.rebalance_every
+        return update(state.load, stats.load, decay=decay)
 
     def _balanced(self, state: TrainState, stats: jaxmoe.MoEStats) -> nnx.State:
         """The selection biases after a step with these loads of the experts."""
