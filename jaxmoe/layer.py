@@ -20,9 +20,10 @@ from jaxmoe.balance.statistics import Observation, observe
 from jaxmoe.experts import swiglu, swiglu_experts
 from jaxmoe.group import ExpertParallel
 from jaxmoe.ops import combine, dispatch
+from jaxmoe.quantized import QuantizedExperts
 from jaxmoe.routing import RouterConfig, Routing, count_tokens_per_expert, route
 
-Params = dict[str, jax.Array]
+Params = dict[str, Any]  # arrays, and `QuantizedExperts` for gate, up and down
 Initializer = Callable[..., jax.Array]
 
 
@@ -203,7 +204,8 @@ def moe_layer(
 
     Args:
       config: the static part.
-      params: arrays as in `param_specs`.
+      params: arrays as in `param_specs`; `gate`, `up` and `down` may be `QuantizedExperts`
+        (`jaxmoe.compress.quantize_experts`), for the forward pass.
       x: [..., D] tokens; cast to `group.dtype`. With three or more dimensions the last but one is
         the sequence.
       bias: [E] selection bias of the router, or None.
@@ -322,7 +324,7 @@ def _local_layer(
     if placement is not None:
         experts = tie_replicas(experts, placement, _rank(group), group.axis)
     rest = {name: p for name, p in params.items() if name.startswith("shared")}
-    weight = {name: p.astype(group.dtype) for name, p in (experts | rest).items()}
+    weight = {name: _cast(p, group.dtype) for name, p in (experts | rest).items()}
     rows, row_weights, plan = dispatch(
         group, tokens, slots, routing.weights.reshape(-1, group.top_k), site=config.site
     )
@@ -339,6 +341,10 @@ def _local_layer(
         y = y + swiglu(tokens, weight["shared_gate"], weight["shared_up"], weight["shared_down"])
     dropped = _sum(config, plan.num_dropped)
     return y.reshape(x.shape).astype(x.dtype), dataclasses.replace(stats, num_dropped=dropped)
+
+
+def _cast(param: Any, dtype: Any) -> Any:
+    return param if isinstance(param, QuantizedExperts) else param.astype(dtype)
 
 
 def _route(

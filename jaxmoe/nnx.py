@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 from jaxmoe.balance.placement import Placement, check_placement, contiguous
 from jaxmoe.group import ExpertParallel
 from jaxmoe.layer import MoEConfig, MoEStats, moe_layer, param_specs
+from jaxmoe.quantized import QuantizedExperts
 from jaxmoe.routing import RouterConfig, update_bias
 
 
@@ -21,6 +22,10 @@ class RouterBias(nnx.Variable):
 
 class PlacementArray(nnx.Variable):
     """An array of the layer's `Placement`: state that `MoE.set_placement` changes, not trained."""
+
+
+class QuantizedArray(nnx.Variable):
+    """Eight-bit expert weights or their scales (`jaxmoe.compress.quantize_layer`), not trained."""
 
 
 class MoE(nnx.Module):
@@ -86,6 +91,10 @@ class MoE(nnx.Module):
         for name, spec in param_specs(self.config).items():
             value = spec.init(rngs.params(), spec.shape, param_dtype)
             setattr(self, name, nnx.Param(value, **_metadata(group, spec.sharding)))
+        # The scales of quantised weights; `jaxmoe.compress.quantize_layer` sets them.
+        self.gate_scales: QuantizedArray | None = None
+        self.up_scales: QuantizedArray | None = None
+        self.down_scales: QuantizedArray | None = None
         bias = jnp.zeros(self.config.num_router_experts, jnp.float32)
         self.router_bias = RouterBias(bias, **_metadata(group, (None,))) if use_bias else None
         arrays: dict[str, Any] = dict.fromkeys(("slot_experts", "expert_slots", "expert_counts"))
@@ -97,6 +106,11 @@ class MoE(nnx.Module):
         self.slot_experts = arrays["slot_experts"]
         self.expert_slots = arrays["expert_slots"]
         self.expert_counts = arrays["expert_counts"]
+
+    @property
+    def expert_weights(self) -> dict[str, Any]:
+        """`gate`, `up` and `down`: arrays, or `QuantizedExperts` of a quantised layer."""
+        return {name: self._param(name) for name in ("gate", "up", "down")}
 
     @property
     def placement(self) -> Placement | None:
@@ -147,11 +161,15 @@ class MoE(nnx.Module):
           mask: [...] True for real tokens. The others get the shared experts' output only.
           key: for the router's jitter; None switches it off.
         """
-        params = {name: getattr(self, name)[...] for name in param_specs(self.config)}
+        params = {name: self._param(name) for name in param_specs(self.config)}
         bias = None if self.router_bias is None else self.router_bias[...]
         return moe_layer(
             self.config, params, x, bias=bias, mask=mask, key=key, placement=self.placement
         )
+
+    def _param(self, name: str) -> Any:
+        value, scales = getattr(self, name)[...], getattr(self, f"{name}_scales", None)
+        return value if scales is None else QuantizedExperts(value, scales[...])
 
     def update_bias(self, stats: MoEStats, rate: float) -> None:
         """Move the selection bias against the load seen in `stats` (see `jaxmoe.update_bias`)."""

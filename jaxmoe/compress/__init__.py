@@ -1,0 +1,9 @@
+"""Smaller experts: eight-bit weights, merged experts, and one up projection for all.
+
+`docs/compress.md` shows how the parts go together.
+"""
+
+from jaxmoe.compress.layers import num_bytes as num_bytes
+from jaxmoe.compress.layers import quantize_layer as quantize_layer
+from jaxmoe.compress.quantize import quantize_experts as quantize_experts
+from jaxmoe.quantized import QuantizedExperts as QuantizedExperts
