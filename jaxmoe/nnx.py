@@ -24,6 +24,10 @@ class PlacementArray(nnx.Variable):
     """An array of the layer's `Placement`: state that `MoE.set_placement` changes, not trained."""
 
 
+class ExpertMapArray(nnx.Variable):
+    """Which merged expert each of the router's is (`jaxmoe.compress.merge_layer`), not trained."""
+
+
 class QuantizedArray(nnx.Variable):
     """Eight-bit expert weights or their scales (`jaxmoe.compress.quantize_layer`), not trained."""
 
@@ -55,6 +59,11 @@ class MoE(nnx.Module):
         group's `num_experts` are then the slots of all devices (see `jaxmoe.balance`). None: the
         group's, each in the slot of its number for good.
       devices_per_node, exact_replicas, observe_load: see `jaxmoe.layer.MoEConfig`.
+      num_merged_experts: E', experts that are left of `num_experts` after merging; the slots hold
+        these, and `expert_map` (an `ExpertMapArray`) says which each of the router's is now.
+        `jaxmoe.compress.merge_layer` makes such a layer of a trained one.
+      shared_up: all experts have one up projection: `up` is [1, D, F] and replicated, its gradient
+        the sum over the experts.
       rngs: for the initial values (stream "params").
     """
 
@@ -73,6 +82,8 @@ class MoE(nnx.Module):
         devices_per_node: int | None = None,
         exact_replicas: bool = False,
         observe_load: bool = False,
+        num_merged_experts: int | None = None,
+        shared_up: bool = False,
         rngs: nnx.Rngs,
     ):
         self.config = MoEConfig(
@@ -87,6 +98,8 @@ class MoE(nnx.Module):
             devices_per_node=devices_per_node,
             exact_replicas=exact_replicas,
             observe_load=observe_load,
+            num_merged_experts=num_merged_experts,
+            shared_up=shared_up,
         )
         for name, spec in param_specs(self.config).items():
             value = spec.init(rngs.params(), spec.shape, param_dtype)
@@ -98,14 +111,19 @@ class MoE(nnx.Module):
         bias = jnp.zeros(self.config.num_router_experts, jnp.float32)
         self.router_bias = RouterBias(bias, **_metadata(group, (None,))) if use_bias else None
         arrays: dict[str, Any] = dict.fromkeys(("slot_experts", "expert_slots", "expert_counts"))
-        if num_experts is not None:
-            placement = contiguous(num_experts, group.num_experts)
+        held = self.config.num_held_experts
+        if num_experts is not None and (num_merged_experts is None or held < group.num_experts):
+            placement = contiguous(held, group.num_experts)
             for name, array in _named(placement).items():
                 metadata = _metadata(group, (None,) * array.ndim)
                 arrays[name] = PlacementArray(jnp.asarray(array), **metadata)
         self.slot_experts = arrays["slot_experts"]
         self.expert_slots = arrays["expert_slots"]
         self.expert_counts = arrays["expert_counts"]
+        of = jnp.arange(self.config.num_router_experts, dtype=jnp.int32) % held
+        self.expert_map = (
+            None if num_merged_experts is None else ExpertMapArray(of, **_metadata(group, (None,)))
+        )
 
     @property
     def expert_weights(self) -> dict[str, Any]:
@@ -163,8 +181,16 @@ class MoE(nnx.Module):
         """
         params = {name: self._param(name) for name in param_specs(self.config)}
         bias = None if self.router_bias is None else self.router_bias[...]
+        expert_map = None if self.expert_map is None else self.expert_map[...]
         return moe_layer(
-            self.config, params, x, bias=bias, mask=mask, key=key, placement=self.placement
+            self.config,
+            params,
+            x,
+            bias=bias,
+            mask=mask,
+            key=key,
+            placement=self.placement,
+            expert_map=expert_map,
         )
 
     def _param(self, name: str) -> Any:
