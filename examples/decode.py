@@ -89,12 +89,12 @@ def load_generator(config: DecodeConfig, run: RunConfig, tokenizer: Tokenizer) -
     )
     graphdef, params, router = split_model(model)
     weights = checkpoints.read_model(step, *with_shardings((params, router), mesh))
-    small = (weights["params"], weights["router"])
+    state = (weights["params"], weights["router"])
     if config.weights != "full":
-        graphdef, *small = quantize_model(nnx.merge(graphdef, *small), config.weights)
+        graphdef, *state = quantize_model(nnx.merge(graphdef, *state), config.weights)
     return Generator(
         graphdef,
-        tuple(small),
+        tuple(state),
         prompts,
         mesh=mesh,
         end_of_text=tokenizer.end_of_text,
