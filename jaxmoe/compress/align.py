@@ -28,7 +28,8 @@ def align(expert: Weights, reference: Weights) -> Weights:
 def align_up(expert: Weights, up: np.ndarray) -> Weights:
     """The expert with its hidden units in the order, and of the signs, that suit one up projection.
 
-    Maximises sum_f |cos(u_f, u'_f)| |u_f|, what `jaxmoe.compress.share_up` keeps of the expert.
+    Maximises sum_f |<m_f, u_f>| / |m_f| for the given m: the lengths of what is left of the units u
+    when m_f takes their place (`jaxmoe.compress.share_up`).
     """
     length = np.linalg.norm(up, axis=0)[:, None]
     signed = np.divide(
