@@ -1,7 +1,7 @@
 """Continues prompts with a model that pretrain.py trained.
 
     python examples/decode.py runs/demo --prompt "def " --prompt "import " --stream
-    python examples/decode.py runs/demo --temperature 0 --max-new-tokens 64
+    python examples/decode.py runs/demo --temperature 0 --max-new-tokens 64 --weights int8
 
 Works on any number of devices that divides the experts, not only on the training's.
 """
@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import tyro
@@ -52,6 +52,8 @@ class DecodeConfig:
     devices: int | None = None
     """None: as many as the training used, if they are there."""
     transport: Transport = "auto"
+    weights: Literal["full", "int8", "fp8"] = "full"
+    """Of the routed experts: as trained, or in eight bits with a scale for each output channel."""
     stream: bool = False
     """Print the text as it comes."""
 
@@ -65,7 +67,7 @@ def load_generator(config: DecodeConfig, run: RunConfig, tokenizer: Tokenizer) -
     from flax import nnx
 
     from generate import Generator, rows_per_device
-    from model import Transformer, make_group, split_model
+    from model import Transformer, make_group, quantize_model, split_model
     from sampling import SamplingConfig
     from training import with_shardings
 
@@ -87,9 +89,12 @@ def load_generator(config: DecodeConfig, run: RunConfig, tokenizer: Tokenizer) -
     )
     graphdef, params, router = split_model(model)
     weights = checkpoints.read_model(step, *with_shardings((params, router), mesh))
+    state = (weights["params"], weights["router"])
+    if config.weights != "full":
+        graphdef, *state = quantize_model(nnx.merge(graphdef, *state), config.weights)
     return Generator(
         graphdef,
-        (weights["params"], weights["router"]),
+        tuple(state),
         prompts,
         mesh=mesh,
         end_of_text=tokenizer.end_of_text,

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 import jaxmoe
 from attention import Attention, KVCache, RMSNorm
+from jaxmoe import compress
 from linear import Linear, SwiGLU
 from presets import ModelConfig, SettingsError
 
@@ -255,3 +256,16 @@ def split_model(
     """
     graphdef, params, router = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
     return graphdef, params, router
+
+
+def quantize_model(
+    model: Transformer, dtype: str
+) -> tuple[nnx.GraphDef[Transformer], nnx.State, nnx.State]:
+    """A trained model with routed experts of "int8" or "fp8", split like `split_model`.
+
+    What is quantised is no parameter any more: it comes with the routers' biases.
+    """
+    for block in model.blocks:
+        if block.moe is not None:
+            block.moe = compress.quantize_layer(block.moe, dtype)
+    return split_model(model)

@@ -23,10 +23,11 @@ _HOME = {
     "update_bias": "jaxmoe.routing",
 }
 
-_MODULES = ("balance", "estimate", "losses")
+_MODULES = ("balance", "compress", "estimate", "losses")
 
 if TYPE_CHECKING:
     from jaxmoe import balance as balance
+    from jaxmoe import compress as compress
     from jaxmoe import estimate as estimate
     from jaxmoe import losses as losses
     from jaxmoe.group import ExpertParallel as ExpertParallel

@@ -16,12 +16,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
 from jaxmoe._vma import vary_alike, zeros_alike
 from jaxmoe.products import choose_backend, cuda, ragged
 from jaxmoe.products.blocks import Blocks
+from jaxmoe.quantized import QuantizedExperts, matmul
 
 F32 = jnp.float32
 # Names of what "cuda" keeps for the gradient, for policies of `jax.checkpoint`.
@@ -41,9 +43,9 @@ def swiglu(
 def swiglu_experts(
     rows: Float[Array, "C D"],
     group_sizes: Int32[Array, " L"],
-    gate: Float[Array, "L D F"],
-    up: Float[Array, "L D F"],
-    down: Float[Array, "L F D"],
+    gate: Float[Array, "L D F"] | QuantizedExperts,
+    up: Float[Array, "U D F"] | Float[Array, "D F"] | QuantizedExperts,
+    down: Float[Array, "L F D"] | QuantizedExperts,
     *,
     block_rows: int = 128,
     backend: str = "auto",
@@ -53,7 +55,10 @@ def swiglu_experts(
     Args:
       rows: [C, D] rows in the order of the experts.
       group_sizes: [L] rows of each expert; rows past their sum belong to nobody.
-      gate, up, down: the experts' weights in the dtype of `rows`.
+      gate, up, down: the experts' weights in the dtype of `rows`. An `up` of [1, D, F] or [D, F] is
+        one that all experts share; its gradient is the sum over them. `QuantizedExperts` are for
+        the forward pass of the "blocked" backend: each step reads the eight-bit values of one
+        expert, and no wider copy of all is ever made.
       block_rows: rows per step of the "blocked" backend; about the rows of a typical expert.
       backend: "cuda", "blocked", "ragged_dot" or "auto", as for `jaxmoe.grouped_matmul`. With
         "cuda" the gradient keeps rows @ gate and rows @ up, named `GATE_NAME` and `UP_NAME` for
@@ -61,16 +66,52 @@ def swiglu_experts(
 
     Returns:
       [C, D] in the dtype of `rows`.
+
+    Raises:
+      ValueError: weights of other sizes; quantised ones with "ragged_dot" or "cuda", a shared up
+        projection with "cuda".
+      TypeError: a derivative with quantised weights.
     """
+    up = up[None] if not isinstance(up, QuantizedExperts) and up.ndim == 2 else up
+    quantized = any(isinstance(w, QuantizedExperts) for w in (gate, up, down))
+    plain = not quantized and up.shape == gate.shape
+    if backend == "cuda" and not plain:
+        raise ValueError(
+            "swiglu_experts: backend 'cuda' takes neither quantised weights nor a shared up "
+            "projection. Use 'blocked' or 'auto'."
+        )
     backend = choose_backend(backend, rows.dtype, gate.shape[1:]).backend
+    _check_weights(rows, group_sizes, gate, up, down)
     if rows.shape[0] == 0:
         return rows
+    if quantized:
+        if backend == "ragged_dot":
+            raise ValueError(
+                "swiglu_experts: backend 'ragged_dot' takes no quantised weights. Use 'blocked' "
+                "or 'auto', or `QuantizedExperts.dequantize`."
+            )
+        operands = vary_alike((rows, group_sizes, gate, up, down))
+        return _quantized(min(block_rows, rows.shape[0]), *operands)
     operands = vary_alike((rows, group_sizes, gate, up, down))
-    if backend == "cuda":
+    if backend == "cuda" and plain:
         return _fused(*operands)
     if backend == "ragged_dot":
         return _ragged(*operands)
     return _blocked(min(block_rows, rows.shape[0]), *operands)
+
+
+def _check_weights(rows: Any, group_sizes: Any, gate: Any, up: Any, down: Any) -> None:
+    experts, dim, hidden = group_sizes.shape[0], rows.shape[1], gate.shape[-1]
+    shapes = {"gate": (gate, dim, hidden), "up": (up, dim, hidden), "down": (down, hidden, dim)}
+    for name, (weight, *matrix) in shapes.items():
+        shared = name == "up" and weight.shape == (1, *matrix)
+        if weight.shape != (experts, *matrix) and not shared:
+            more = f" or {[1, *matrix]} (shared)" if name == "up" else ""
+            raise ValueError(
+                f"swiglu_experts: {name} has shape {list(weight.shape)}, wanted "
+                f"{[experts, *matrix]}{more}: rows are {list(rows.shape)} and group_sizes "
+                f"{list(group_sizes.shape)}. Pass this device's experts."
+            )
 
 
 @jax.custom_vjp
@@ -106,16 +147,23 @@ _fused.defvjp(_fused_fwd, _fused_bwd)
 
 def _ragged(rows: Any, group_sizes: Any, gate: Any, up: Any, down: Any) -> Any:
     dot = functools.partial(ragged.forward, group_sizes=group_sizes)
-    hidden = jax.nn.silu(dot(rows, gate)) * dot(rows, up)
+    # Of the rows that belong to nobody, the gate's product is zero, whatever the shared one is.
+    shared = up.shape[0] == 1
+    hidden = jax.nn.silu(dot(rows, gate)) * (rows @ up[0] if shared else dot(rows, up))
     return dot(hidden, down)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _blocked(block: int, rows: Any, group_sizes: Any, gate: Any, up: Any, down: Any) -> Any:
+    return _walk(swiglu, block, rows, group_sizes, gate, up, down)
+
+
+def _walk(function: Any, block: int, rows: Any, group_sizes: Any, *weights: Any) -> Any:
+    """`function(rows, *weights of one expert)` of all blocks."""
     blocks = Blocks(group_sizes, rows.shape[0], block)
 
     def step(out: Any, expert: Any, start: Any, used: Any) -> Any:
-        new = swiglu(blocks.read(rows, start), gate[expert], up[expert], down[expert])
+        new = function(blocks.read(rows, start), *(_of(expert, w) for w in weights))
         return blocks.write(out, new, start, used)
 
     return blocks.fold(step, zeros_alike(rows))
@@ -141,9 +189,11 @@ def _blocked_bwd(block: int, residuals: Any, d_out: Any) -> Any:
     def step(state: Any, expert: Any, start: Any, used: Any) -> Any:
         d_rows, totals = state
         x, d_y = blocks.read_used(rows, start, used), blocks.read_used(d_out, start, used)
-        _, vjp = jax.vjp(swiglu, x, *(w[expert] for w in weights))
+        _, vjp = jax.vjp(swiglu, x, *(_of(expert, w) for w in weights))
         d_x, *d_block = vjp(d_y)
-        totals = [t.at[expert].add(d.astype(F32)) for t, d in zip(totals, d_block, strict=True)]
+        totals = [
+            t.at[_row(expert, t)].add(d.astype(F32)) for t, d in zip(totals, d_block, strict=True)
+        ]
         return blocks.write(d_rows, d_x, start, used), totals
 
     first = (zeros_alike(d_out), [zeros_alike(w, F32) for w in weights])
@@ -152,3 +202,50 @@ def _blocked_bwd(block: int, residuals: Any, d_out: Any) -> Any:
 
 
 _blocked.defvjp(_blocked_fwd, _blocked_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _quantized(block: int, rows: Any, group_sizes: Any, gate: Any, up: Any, down: Any) -> Any:
+    return _walk(_quantized_swiglu, block, rows, group_sizes, gate, up, down)
+
+
+def _quantized_swiglu(rows: Any, gate: Any, up: Any, down: Any) -> Any:
+    hidden = jax.nn.silu(matmul(rows, gate)) * matmul(rows, up)
+    return matmul(hidden.astype(rows.dtype), down).astype(rows.dtype)
+
+
+def _quantized_fwd(block: int, *operands: Any) -> Any:
+    dtypes = sorted({str(w.dtype) for w in operands[2:] if isinstance(w, QuantizedExperts)})
+    raise TypeError(
+        f"swiglu_experts: asked for a derivative, but the weights are quantised "
+        f"({', '.join(dtypes)}) and have none. Train with the float weights, and quantise the "
+        "result; or stop the gradient before this layer."
+    )
+
+
+def _quantized_bwd(block: int, residuals: Any, d_out: Any) -> Any:
+    raise NotImplementedError
+
+
+_quantized.defvjp(_quantized_fwd, _quantized_bwd)
+
+
+def _row(expert: jax.Array, stack: Any) -> Any:
+    """Where the expert's part of a stack is: in the only row, where all share one."""
+    return 0 if stack.shape[0] == 1 else expert
+
+
+def _of(expert: jax.Array, weights: Any) -> Any:
+    """One expert's part of a stack, be it an array or `QuantizedExperts`.
+
+    Eight-bit floats are sliced as integers: XLA's CPU backend would widen the whole stack to slice
+    it. It still copies their bits once a call, outside the loop.
+    """
+
+    def part(a: Any) -> Any:
+        if a.dtype != jnp.float8_e4m3fn:
+            return a[_row(expert, a)]
+        bits = lax.bitcast_convert_type(a, jnp.int8)
+        return lax.bitcast_convert_type(bits[_row(expert, a)], a.dtype)
+
+    return jax.tree.map(part, weights)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
@@ -21,9 +22,10 @@ from jaxmoe.experts import swiglu, swiglu_experts
 from jaxmoe.group import ExpertParallel
 from jaxmoe.ops import combine, dispatch
 from jaxmoe.products import choose_backend
+from jaxmoe.quantized import QuantizedExperts
 from jaxmoe.routing import RouterConfig, Routing, count_tokens_per_expert, route
 
-Params = dict[str, jax.Array]
+Params = dict[str, Any]  # arrays, and `QuantizedExperts` for gate, up and down
 Initializer = Callable[..., jax.Array]
 
 
@@ -69,6 +71,9 @@ class MoEConfig:
         replicas and the router's locality options; None: no nodes.
       exact_replicas: of `jaxmoe.balance.choose_replicas`.
       observe_load: count for `MoEStats.load`, which costs an [E, T] x [T, E] product.
+      num_merged_experts: E', experts that are left of the router's E after merging
+        (`jaxmoe.compress.merge_experts`); None: all. Slots hold these.
+      shared_up: all experts have one up projection, `up` [1, D, F], replicated.
     """
 
     group: ExpertParallel
@@ -82,6 +87,8 @@ class MoEConfig:
     devices_per_node: int | None = None
     exact_replicas: bool = False
     observe_load: bool = False
+    num_merged_experts: int | None = None
+    shared_up: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.group, ExpertParallel):
@@ -104,6 +111,7 @@ class MoEConfig:
                 f"expert axis {self.group.axis}: every device routes its own tokens."
             )
         object.__setattr__(self, "token_axes", axes)
+        _check_merging(self)
         _check_replication(self)
 
     @property
@@ -112,17 +120,39 @@ class MoEConfig:
         return self.num_experts or self.group.num_experts
 
     @property
+    def num_held_experts(self) -> int:
+        """Experts with weights of their own: the router's, or those that merging left."""
+        return self.num_merged_experts or self.num_router_experts
+
+    @property
     def num_token_shards(self) -> int:
         """Devices over which the tokens of a call are spread."""
         sizes = dict(self.group.spec.axis_sizes)
         return math.prod(sizes[a] for a in self.token_axes or ())
 
 
+def _check_merging(config: MoEConfig) -> None:
+    merged, experts = config.num_merged_experts, config.num_router_experts
+    if merged is None:
+        return
+    if config.num_experts is None or not 1 <= merged <= experts:
+        raise ValueError(
+            f"MoE: num_merged_experts ({merged}) must lie between 1 and num_experts "
+            f"({config.num_experts}), the experts that the router knows. Set both."
+        )
+    if config.router.needs_locality:
+        raise ValueError(
+            "MoE: num_merged_experts works with no router option that looks at devices or nodes. "
+            "Leave device_penalty, node_penalty, local_slack and num_nodes at their defaults."
+        )
+
+
 def _check_replication(config: MoEConfig) -> None:
-    group, experts = config.group, config.num_router_experts
+    group, experts = config.group, config.num_held_experts
     if not group.top_k <= experts <= group.num_experts:
         raise ValueError(
-            f"MoE: num_experts ({experts}) must lie between the group's top_k ({group.top_k}) and "
+            f"MoE: {'num_experts' if config.num_merged_experts is None else 'num_merged_experts'} "
+            f"({experts}) must lie between the group's top_k ({group.top_k}) and "
             f"its {group.num_experts} slots. Make the group with num_experts=the slots of all "
             "devices, at least one for each expert."
         )
@@ -156,13 +186,17 @@ def param_specs(config: MoEConfig) -> dict[str, ParamSpec]:
     """
     group, hidden = config.group, config.hidden_dim
     axis = None if group.mesh is None else group.axis if len(group.axis) > 1 else group.axis[0]
-    one = jax.nn.initializers.lecun_normal()
-    each = _replicated(jax.nn.initializers.lecun_normal(batch_axis=(0,)), config)
+    lecun_normal = jax.nn.initializers.lecun_normal
+    one = lecun_normal()
+    each = _replicated(lecun_normal(batch_axis=(0,)), config)
     experts, dim = group.num_experts, group.dim
+    up = ParamSpec((experts, dim, hidden), each, (axis, None, None))
+    if config.shared_up:
+        up = ParamSpec((1, dim, hidden), lecun_normal(batch_axis=(0,)), (None, None, None))
     specs = {
         "router": ParamSpec((dim, config.num_router_experts), one, (None, None)),
         "gate": ParamSpec((experts, dim, hidden), each, (axis, None, None)),
-        "up": ParamSpec((experts, dim, hidden), each, (axis, None, None)),
+        "up": up,
         "down": ParamSpec((experts, hidden, dim), each, (axis, None, None)),
     }
     if config.num_shared_experts:
@@ -175,7 +209,7 @@ def param_specs(config: MoEConfig) -> dict[str, ParamSpec]:
 
 def _replicated(init: Initializer, config: MoEConfig) -> Initializer:
     """`init` for the experts, and further slots that repeat the first of them."""
-    num_experts, num_slots = config.num_router_experts, config.group.num_experts
+    num_experts, num_slots = config.num_held_experts, config.group.num_experts
     if num_experts == num_slots:
         return init
 
@@ -195,6 +229,7 @@ def moe_layer(
     mask: Bool[Array, "*tokens"] | None = None,
     key: jax.Array | None = None,
     placement: Placement | None = None,
+    expert_map: Int32[Array, " E"] | None = None,
 ) -> tuple[Float[Array, "*tokens D"], MoEStats]:
     """`y = sum over chosen experts of weight * SwiGLU_e(x) + SwiGLU_shared(x)`.
 
@@ -204,7 +239,8 @@ def moe_layer(
 
     Args:
       config: the static part.
-      params: arrays as in `param_specs`.
+      params: arrays as in `param_specs`; `gate`, `up` and `down` may be `QuantizedExperts`
+        (`jaxmoe.compress.quantize_experts`), for the forward pass.
       x: [..., D] tokens; cast to `group.dtype`. With three or more dimensions the last but one is
         the sequence.
       bias: [E] selection bias of the router, or None.
@@ -214,6 +250,9 @@ def moe_layer(
       placement: which expert each row of `gate`, `up` and `down` is. Replicas of an expert must
         hold equal weights; they get equal gradients, the sum over all. Data, not part of the
         compiled program: another placement needs no other one. None: slot e holds expert e.
+      expert_map: with `num_merged_experts`, which of those each of the router's experts is now
+        (`MergedExperts.expert_map`); data, too. Choices of a token that come to the same expert
+        travel as one, with the sum of their weights.
 
     Returns:
       y, shaped and typed like x; the statistics over all devices.
@@ -227,16 +266,17 @@ def moe_layer(
     if mask is not None and mask.shape != x.shape[:-1]:
         raise ValueError(f"MoE: mask must have shape {list(x.shape[:-1])}, got {list(mask.shape)}.")
     _check_placed(config, placement)
+    _check_map(config, expert_map)
     if x.size == 0:  # XLA's compilers fail on collectives of empty arrays
         return x, _no_stats(config)
     body = functools.partial(_local_layer, config)
     if group.mesh is None or _inside_shard_map(group):
-        return body(params, x, bias, mask, key, placement)
-    return _sharded(config, body)(params, x, bias, mask, key, placement)
+        return body(params, x, bias, mask, key, placement, expert_map)
+    return _sharded(config, body)(params, x, bias, mask, key, placement, expert_map)
 
 
 def _check_placed(config: MoEConfig, placement: Placement | None) -> None:
-    experts, slots = config.num_router_experts, config.group.num_experts
+    experts, slots = config.num_held_experts, config.group.num_experts
     if placement is not None:
         check_placement(placement, num_experts=experts, num_slots=slots, name="MoE placement")
     elif experts != slots:
@@ -246,13 +286,38 @@ def _check_placed(config: MoEConfig, placement: Placement | None) -> None:
         )
 
 
+def _check_map(config: MoEConfig, expert_map: Any) -> None:
+    experts, merged = config.num_router_experts, config.num_merged_experts
+    if merged is None and expert_map is None:
+        return
+    if merged is None:
+        raise ValueError(
+            "MoE: expert_map is given, but num_merged_experts is None. Set it to the experts that "
+            "merging left."
+        )
+    if expert_map is None or expert_map.shape != (experts,):
+        got = "None" if expert_map is None else f"of shape {list(expert_map.shape)}"
+        raise ValueError(
+            f"MoE: expert_map is {got}, wanted [{experts}] integers, which of the {merged} merged "
+            "experts each of the router's is. Take it from `jaxmoe.compress.merge_experts`."
+        )
+    if isinstance(expert_map, jax.core.Tracer):
+        return
+    values = np.asarray(expert_map)
+    if values.min() < 0 or values.max() >= merged:
+        raise ValueError(
+            f"MoE: expert_map holds {values.min()} to {values.max()}, wanted 0 to "
+            f"{merged - 1}. It is of another merging; take the map that came with the weights."
+        )
+
+
 def _no_stats(config: MoEConfig) -> MoEStats:
     zero, experts = jnp.zeros((), jnp.float32), config.num_router_experts
     counts, none = jnp.zeros(experts, jnp.int32), jnp.zeros((), jnp.int32)
     load = None
     if config.observe_load:
-        devices = config.group.num_devices
-        shapes = ((experts,), (experts, experts), (devices, devices))
+        devices, held = config.group.num_devices, config.num_held_experts
+        shapes = ((held,), (held, held), (devices, devices))
         load = Observation(*(jnp.zeros(shape, jnp.float32) for shape in shapes))
     return MoEStats(counts, none, zero, zero, zero, zero, load)
 
@@ -268,7 +333,7 @@ def _sharded(config: MoEConfig, body: Any) -> Any:
     tokens = PartitionSpec(config.token_axes)
     specs = {name: PartitionSpec(*spec.sharding) for name, spec in param_specs(config).items()}
 
-    def call(params: Params, x: Any, bias: Any, mask: Any, key: Any, placement: Any) -> Any:
+    def call(params: Params, x: Any, *rest: Any) -> Any:
         if x.shape[0] % config.num_token_shards:
             raise ValueError(
                 f"MoE: the first dimension of x ({x.shape[0]}) must be a multiple of the "
@@ -277,14 +342,14 @@ def _sharded(config: MoEConfig, body: Any) -> Any:
                 f"and pass a mask."
             )
         whole = PartitionSpec()
-        in_specs = ({k: specs[k] for k in params}, tokens, whole, tokens, whole, whole)
+        in_specs = ({k: specs[k] for k in params}, tokens, whole, tokens, whole, whole, whole)
         mapped = jax.shard_map(
             body,
             mesh=group.mesh,
             in_specs=in_specs,
             out_specs=(tokens, PartitionSpec()),
         )
-        return mapped(*_reshard(group, (params, x, bias, mask, key, placement), in_specs))
+        return mapped(*_reshard(group, (params, x, *rest), in_specs))
 
     return call
 
@@ -310,23 +375,26 @@ def _local_layer(
     mask: Any,
     key: Any,
     placement: Placement | None,
+    expert_map: Any,
 ) -> tuple[jax.Array, MoEStats]:
     """One device's part of the layer."""
     group = config.group
     routing = _route(config, params["router"], x, bias, mask, key, placement)
     ids = routing.expert_ids.reshape(-1, group.top_k)
+    weights = routing.weights.reshape(-1, group.top_k)
+    if expert_map is not None:
+        ids, weights = _merged_choices(expert_map, ids, weights)
     slots = _slots(config, ids, placement)
-    stats = _statistics(config, routing, slots)
+    stats = _statistics(config, routing, ids, slots)
 
     tokens = x.reshape(-1, group.dim).astype(group.dtype)
     experts = {name: params[name] for name in ("gate", "up", "down")}
     if placement is not None:
-        experts = tie_replicas(experts, placement, _rank(group), group.axis)
+        own = {name: w for name, w in experts.items() if name != "up" or not config.shared_up}
+        experts |= tie_replicas(own, placement, _rank(group), group.axis)
     rest = {name: p for name, p in params.items() if name.startswith("shared")}
-    weight = {name: p.astype(group.dtype) for name, p in (experts | rest).items()}
-    rows, row_weights, plan = dispatch(
-        group, tokens, slots, routing.weights.reshape(-1, group.top_k), site=config.site
-    )
+    weight = {name: _cast(p, group.dtype) for name, p in (experts | rest).items()}
+    rows, row_weights, plan = dispatch(group, tokens, slots, weights, site=config.site)
     expert_rows = swiglu_experts(
         rows,
         plan.group_sizes,
@@ -341,6 +409,10 @@ def _local_layer(
         y = y + swiglu(tokens, weight["shared_gate"], weight["shared_up"], weight["shared_down"])
     dropped = _sum(config, plan.num_dropped)
     return y.reshape(x.shape).astype(x.dtype), dataclasses.replace(stats, num_dropped=dropped)
+
+
+def _cast(param: Any, dtype: Any) -> Any:
+    return param if isinstance(param, QuantizedExperts) else param.astype(dtype)
 
 
 def _route(
@@ -367,6 +439,19 @@ def _route(
         )
     logits = x.astype(jnp.float32) @ router.astype(jnp.float32)
     return route(logits, group.top_k, options, bias=bias, mask=mask, key=key, locality=locality)
+
+
+def _merged_choices(
+    expert_map: Any, ids: Int32[Array, "T K"], weights: Float32[Array, "T K"]
+) -> tuple[jax.Array, jax.Array]:
+    """Choices of merged experts: the first of equal ones has their sum, the others are none."""
+    zero = jnp.zeros((), ids.dtype)
+    merged = jnp.where(ids >= 0, expert_map.astype(ids.dtype)[jnp.maximum(ids, zero)], ids)
+    same = (merged[:, :, None] == merged[:, None, :]) & (merged >= 0)[:, :, None]
+    place = jnp.arange(ids.shape[1])
+    again = jnp.any(same & (place[None, :] < place[:, None]), -1)
+    total = jnp.sum(jnp.where(same, weights[:, None, :], jnp.zeros((), weights.dtype)), -1)
+    return jnp.where(again, zero - 1, merged), jnp.where(again, jnp.zeros_like(total), total)
 
 
 def _slots(config: MoEConfig, ids: jax.Array, placement: Placement | None) -> jax.Array:
@@ -396,7 +481,7 @@ def _observe(config: MoEConfig, ids: jax.Array, slots: jax.Array) -> Observation
     return observe(
         ids,
         slots,
-        num_experts=config.num_router_experts,
+        num_experts=config.num_held_experts,
         num_slots=group.num_experts,
         num_devices=group.num_devices,
         device=_rank(group),
@@ -404,7 +489,7 @@ def _observe(config: MoEConfig, ids: jax.Array, slots: jax.Array) -> Observation
     )
 
 
-def _statistics(config: MoEConfig, routing: Routing, slots: jax.Array) -> MoEStats:
+def _statistics(config: MoEConfig, routing: Routing, ids: jax.Array, slots: jax.Array) -> MoEStats:
     axes = config.token_axes or None
     routed = routing.expert_ids[..., 0] >= 0
     counts = count_tokens_per_expert(routing.expert_ids, config.num_router_experts)
@@ -419,7 +504,7 @@ def _statistics(config: MoEConfig, routing: Routing, slots: jax.Array) -> MoESta
         sequence_loss=losses.sequence_balance_loss(
             routing.scores, routing.expert_ids, axis_name=axes
         ),
-        load=_observe(config, routing.expert_ids.reshape(slots.shape), slots),
+        load=_observe(config, ids, slots),
     )
 
 

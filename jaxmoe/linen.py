@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int32
 
 from jaxmoe.balance.placement import Placement
 from jaxmoe.group import ExpertParallel
@@ -35,6 +35,8 @@ class MoE(nn.Module):
     devices_per_node: int | None = None
     exact_replicas: bool = False
     observe_load: bool = False
+    num_merged_experts: int | None = None
+    shared_up: bool = False
 
     @nn.compact
     def __call__(
@@ -44,11 +46,13 @@ class MoE(nn.Module):
         mask: Bool[Array, "*tokens"] | None = None,
         key: jax.Array | None = None,
         placement: Placement | None = None,
+        expert_map: Int32[Array, " E"] | None = None,
     ) -> tuple[Float[Array, "*tokens D"], MoEStats]:
         """The layer's output, shaped and typed like `x`, and its statistics.
 
         With `num_experts`, `placement` says which expert lies in which slot; keep it beside the
-        parameters (`jaxmoe.balance.contiguous` to begin with).
+        parameters (`jaxmoe.balance.contiguous` to begin with). With `num_merged_experts`,
+        `expert_map` is that of `jaxmoe.compress.merge_experts`, whose weights are the parameters.
         """
         config = MoEConfig(
             self.group,
@@ -62,6 +66,8 @@ class MoE(nn.Module):
             devices_per_node=self.devices_per_node,
             exact_replicas=self.exact_replicas,
             observe_load=self.observe_load,
+            num_merged_experts=self.num_merged_experts,
+            shared_up=self.shared_up,
         )
         params = {}
         for name, spec in param_specs(config).items():
@@ -73,4 +79,13 @@ class MoE(nn.Module):
         if self.use_bias:
             zeros = jnp.zeros(config.num_router_experts, jnp.float32)
             bias = self.variable("router", "bias", lambda: zeros).value
-        return moe_layer(config, params, x, bias=bias, mask=mask, key=key, placement=placement)
+        return moe_layer(
+            config,
+            params,
+            x,
+            bias=bias,
+            mask=mask,
+            key=key,
+            placement=placement,
+            expert_map=expert_map,
+        )

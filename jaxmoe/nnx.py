@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 from jaxmoe.balance.placement import Placement, check_placement, contiguous
 from jaxmoe.group import ExpertParallel
 from jaxmoe.layer import MoEConfig, MoEStats, moe_layer, param_specs
+from jaxmoe.quantized import QuantizedExperts
 from jaxmoe.routing import RouterConfig, update_bias
 
 
@@ -21,6 +22,14 @@ class RouterBias(nnx.Variable):
 
 class PlacementArray(nnx.Variable):
     """An array of the layer's `Placement`: state that `MoE.set_placement` changes, not trained."""
+
+
+class ExpertMapArray(nnx.Variable):
+    """Which merged expert each of the router's is (`jaxmoe.compress.merge_layer`), not trained."""
+
+
+class QuantizedArray(nnx.Variable):
+    """Eight-bit expert weights or their scales (`jaxmoe.compress.quantize_layer`), not trained."""
 
 
 class MoE(nnx.Module):
@@ -50,6 +59,11 @@ class MoE(nnx.Module):
         group's `num_experts` are then the slots of all devices (see `jaxmoe.balance`). None: the
         group's, each in the slot of its number for good.
       devices_per_node, exact_replicas, observe_load: see `jaxmoe.layer.MoEConfig`.
+      num_merged_experts: E', experts that are left of `num_experts` after merging; the slots hold
+        these, and `expert_map` (an `ExpertMapArray`) says which each of the router's is now.
+        `jaxmoe.compress.merge_layer` makes such a layer of a trained one.
+      shared_up: all experts have one up projection: `up` is [1, D, F] and replicated, its gradient
+        the sum over the experts.
       rngs: for the initial values (stream "params").
     """
 
@@ -68,6 +82,8 @@ class MoE(nnx.Module):
         devices_per_node: int | None = None,
         exact_replicas: bool = False,
         observe_load: bool = False,
+        num_merged_experts: int | None = None,
+        shared_up: bool = False,
         rngs: nnx.Rngs,
     ):
         self.config = MoEConfig(
@@ -82,21 +98,37 @@ class MoE(nnx.Module):
             devices_per_node=devices_per_node,
             exact_replicas=exact_replicas,
             observe_load=observe_load,
+            num_merged_experts=num_merged_experts,
+            shared_up=shared_up,
         )
         for name, spec in param_specs(self.config).items():
             value = spec.init(rngs.params(), spec.shape, param_dtype)
             setattr(self, name, nnx.Param(value, **_metadata(group, spec.sharding)))
+        # The scales of quantised weights; `jaxmoe.compress.quantize_layer` sets them.
+        self.gate_scales: QuantizedArray | None = None
+        self.up_scales: QuantizedArray | None = None
+        self.down_scales: QuantizedArray | None = None
         bias = jnp.zeros(self.config.num_router_experts, jnp.float32)
         self.router_bias = RouterBias(bias, **_metadata(group, (None,))) if use_bias else None
         arrays: dict[str, Any] = dict.fromkeys(("slot_experts", "expert_slots", "expert_counts"))
-        if num_experts is not None:
-            placement = contiguous(num_experts, group.num_experts)
+        held = self.config.num_held_experts
+        if num_experts is not None and (num_merged_experts is None or held < group.num_experts):
+            placement = contiguous(held, group.num_experts)
             for name, array in _named(placement).items():
                 metadata = _metadata(group, (None,) * array.ndim)
                 arrays[name] = PlacementArray(jnp.asarray(array), **metadata)
         self.slot_experts = arrays["slot_experts"]
         self.expert_slots = arrays["expert_slots"]
         self.expert_counts = arrays["expert_counts"]
+        of = jnp.arange(self.config.num_router_experts, dtype=jnp.int32) % held
+        self.expert_map = (
+            None if num_merged_experts is None else ExpertMapArray(of, **_metadata(group, (None,)))
+        )
+
+    @property
+    def expert_weights(self) -> dict[str, Any]:
+        """`gate`, `up` and `down`: arrays, or `QuantizedExperts` of a quantised layer."""
+        return {name: self._param(name) for name in ("gate", "up", "down")}
 
     @property
     def placement(self) -> Placement | None:
@@ -147,11 +179,23 @@ class MoE(nnx.Module):
           mask: [...] True for real tokens. The others get the shared experts' output only.
           key: for the router's jitter; None switches it off.
         """
-        params = {name: getattr(self, name)[...] for name in param_specs(self.config)}
+        params = {name: self._param(name) for name in param_specs(self.config)}
         bias = None if self.router_bias is None else self.router_bias[...]
+        expert_map = None if self.expert_map is None else self.expert_map[...]
         return moe_layer(
-            self.config, params, x, bias=bias, mask=mask, key=key, placement=self.placement
+            self.config,
+            params,
+            x,
+            bias=bias,
+            mask=mask,
+            key=key,
+            placement=self.placement,
+            expert_map=expert_map,
         )
+
+    def _param(self, name: str) -> Any:
+        value, scales = getattr(self, name)[...], getattr(self, f"{name}_scales", None)
+        return value if scales is None else QuantizedExperts(value, scales[...])
 
     def update_bias(self, stats: MoEStats, rate: float) -> None:
         """Move the selection bias against the load seen in `stats` (see `jaxmoe.update_bias`)."""

@@ -205,6 +205,20 @@ def test_decoding_is_the_same_on_other_devices(folder: Path) -> None:
     assert decode("--devices", 2).split("prefill: ")[0] == texts
 
 
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_decoding_with_eight_bit_experts(folder: Path, weights: str) -> None:
+    """On other numbers of devices the same text, which is that of the same rounded weights."""
+
+    def decode(*options: object) -> str:
+        more = ("--max-new-tokens", 8, "--temperature", 0, "--weights", weights, *options)
+        return run("decode.py", folder / "full", "-p", "def f", *more, cache=folder / "cache")
+
+    text, speed = decode().split("prefill: ")
+    assert "\ndef f" in text
+    assert "decode:  7 tokens in " in speed
+    assert decode("--devices", 2).split("prefill: ")[0] == text
+
+
 def test_streamed_text_is_the_same(folder: Path) -> None:
     options = ("--prompt", "def f", "--max-new-tokens", 20, "--seed", 3)
     cache = folder / "cache"

@@ -12,6 +12,7 @@ import pytest
 
 import jaxmoe
 from jaxmoe import products
+from jaxmoe.experts import swiglu_experts
 
 # rows, D, F and the sizes of the groups, which leave rows over in some cases.
 CASES = {
@@ -212,3 +213,10 @@ def test_auto_leaves_untested_kernels_alone():
 
 def test_auto_on_the_host():
     assert products.choose_backend("auto", jnp.float32, (8, 8)).backend == "blocked"
+
+
+def test_shared_up_projection_is_refused_by_the_kernels():
+    rows, matrix = jnp.zeros((4, 8), jnp.bfloat16), jnp.zeros((2, 8, 8), jnp.bfloat16)
+    sizes = jnp.array([2, 2], jnp.int32)
+    with pytest.raises(ValueError, match="takes neither quantised weights nor a shared up"):
+        swiglu_experts(rows, sizes, matrix, matrix[:1], matrix, backend="cuda")
