@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from jaxmoe.balance.placement import Placement
 from jaxmoe.group import ExpertParallel
-from jaxmoe.layer import MoEConfig, MoEStats, moe_layer, param_specs
+from jaxmoe.layer import MoEStats, moe_layer
+from jaxmoe.layer_config import MoEConfig, param_specs
 from jaxmoe.routing import RouterConfig
 
 

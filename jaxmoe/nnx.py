@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float
 
 from jaxmoe.balance.placement import Placement, check_placement, contiguous
 from jaxmoe.group import ExpertParallel
-from jaxmoe.layer import MoEConfig, MoEStats, moe_layer, param_specs
+from jaxmoe.layer import MoEStats, moe_layer
+from jaxmoe.layer_config import MoEConfig, param_specs
 from jaxmoe.quantized import QuantizedExperts
 from jaxmoe.routing import RouterConfig, update_bias
 
@@ -58,7 +59,7 @@ class MoE(nnx.Module):
       num_experts: E, experts that the router knows, where busy ones are to have replicas; the
         group's `num_experts` are then the slots of all devices (see `jaxmoe.balance`). None: the
         group's, each in the slot of its number for good.
-      devices_per_node, exact_replicas, observe_load: see `jaxmoe.layer.MoEConfig`.
+      devices_per_node, exact_replicas, observe_load: see `jaxmoe.layer_config.MoEConfig`.
       num_merged_experts: E', experts that are left of `num_experts` after merging; the slots hold
         these, and `expert_map` (an `ExpertMapArray`) says which each of the router's is now.
         `jaxmoe.compress.merge_layer` makes such a layer of a trained one.

@@ -17,7 +17,8 @@ from placements import random_placement, zipf
 
 import jaxmoe
 from jaxmoe import balance
-from jaxmoe.layer import MoEConfig, moe_layer
+from jaxmoe.layer import moe_layer
+from jaxmoe.layer_config import MoEConfig
 from jaxmoe.linen import MoE as LinenMoE
 from jaxmoe.nnx import PlacementArray
 from jaxmoe.routing import RouterConfig

@@ -19,7 +19,8 @@ from flax import nnx
 import jaxmoe
 from jaxmoe import balance, compress
 from jaxmoe.experts import swiglu
-from jaxmoe.layer import MoEConfig, moe_layer
+from jaxmoe.layer import moe_layer
+from jaxmoe.layer_config import MoEConfig
 from jaxmoe.routing import RouterConfig
 
 D, F = 6, 5

@@ -18,7 +18,8 @@ from test_compress_merge import EXPERTS, D, F, disguised, layer_of_zeros, make_e
 import jaxmoe
 from jaxmoe import balance, compress
 from jaxmoe.experts import swiglu_experts
-from jaxmoe.layer import MoEConfig, moe_layer, param_specs
+from jaxmoe.layer import moe_layer
+from jaxmoe.layer_config import MoEConfig, param_specs
 from jaxmoe.linen import MoE as LinenMoE
 
 

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 import jaxmoe
-from jaxmoe.layer import MoEConfig
+from jaxmoe.layer_config import MoEConfig
 from jaxmoe.routing import RouterConfig
 
 SIZES = dict(num_experts=8, top_k=2, dim=4, max_tokens=6, dtype="float32")

@@ -15,7 +15,7 @@ from jaxmoe.compress.merge import MergedExperts
 from jaxmoe.compress.quantize import quantize_experts
 from jaxmoe.compress.sharing import share_up
 from jaxmoe.group import ExpertParallel
-from jaxmoe.layer import MoEConfig, param_specs
+from jaxmoe.layer_config import MoEConfig, param_specs
 from jaxmoe.nnx import ExpertMapArray, MoE, QuantizedArray, _metadata
 from jaxmoe.quantized import QuantizedExperts
 

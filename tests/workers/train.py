@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxmoe
-from jaxmoe.layer import param_specs
+from jaxmoe.layer_config import param_specs
 
 RANK = processes.join()
 
