@@ -62,6 +62,7 @@ __device__ void ListPartialSums(const Context& c, RowList* list, bool* ok) {
     list->rest = num_early;
     list->complete = 1;
   }
+  __syncwarp();
   *ok = __all_sync(~0u, *ok);
 }
 

@@ -245,16 +245,15 @@ __device__ inline void ExchangeHeaders(const Call& call, int num_devices, uint32
 // failed, that block calls `poison` first, so that nobody takes half a result for a whole one.
 template <typename Poison>
 __device__ __forceinline__ void EndCall(const Call& call, Poison poison) {
-  __shared__ bool last;
   __syncthreads();
   Control* control = call.control();
+  bool last = false;
   if (threadIdx.x == 0) {
     __threadfence();
     last = atomicAdd(&control->blocks_finished, 1u) + 1 == gridDim.x;
     __threadfence();
   }
-  __syncthreads();
-  if (!last) return;
+  if (!__syncthreads_or(last)) return;
   if (call.failed()) poison();
   if (threadIdx.x != 0) return;
   control->blocks_finished = 0;

@@ -43,6 +43,7 @@ __device__ inline ScaleUnit NextScaleUnit(const Call& call, const Sizes& sizes,
 __device__ inline void ListExpertRows(const Call& call, const Sizes& sizes,
                                       const DispatchArgs& args, ScaleUnit* unit, RowList* list) {
   const int lane = threadIdx.x % 32;
+  __syncwarp();  // all lanes have read what the list held
   unit->rows = __ballot_sync(~0u, unit->row >= 0);
   if (unit->row >= 0) {
     unit->weight = args.row_weights_in[unit->row];
@@ -75,6 +76,7 @@ __device__ inline void AwaitToken(const Call& call, RowList* list, bool* ok) {
     list->count = *ok ? list->rest : 0;
     list->complete = 1;
   }
+  __syncwarp();
   *ok = __shfl_sync(~0u, *ok, 0);
 }
 

@@ -110,6 +110,7 @@ class FinishSchedule {
 // Starts what depends on the unit's rows: their weights, and the list of what to load.
 __device__ inline void ListRows(const Context& c, Unit* unit, RowList* list, bool complete) {
   const int lane = threadIdx.x % 32;
+  __syncwarp();  // all lanes have read what the list held
   unit->rows = __ballot_sync(~0u, unit->row >= 0);
   if (unit->row >= 0) {
     if (c.args.row_weights != nullptr) unit->weight = c.args.row_weights[unit->row];
