@@ -1,10 +1,12 @@
-// Times the CUDA kernels on two GPUs of one machine, without JAX.
+// Times the CUDA kernels on the GPUs of one machine, two unless told otherwise, without JAX.
 //
 //   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -I. -o kernels \
 //     benchmarks/cuda/kernels.cu xla_ffi/cuda/{dispatch.cu,combine.cu,groups.cc}
 //   ./kernels [--sms N] [--routing uniform|zipf|hot] [--shape T,D,K,E]
 //
-// Each figure is the time of one call in us, on the slower device: each device replays a CUDA graph
+// For four GPUs: nvcc -DDEVICES=4 ...
+//
+// Each figure is the time of one call in us, on the slowest device: each device replays a CUDA graph
 // of 20 calls between two events; the median of five replays. Rows are bf16.
 //
 // Routing: each token asks for K different experts; `zipf` draws them with probabilities in the
@@ -35,7 +37,10 @@ using namespace jaxmoe::cuda;  // NOLINT: a program, not a header
 
 namespace {
 
-constexpr int kDevices = 2;
+#ifndef DEVICES
+#define DEVICES 2
+#endif
+constexpr int kDevices = DEVICES;
 constexpr int kCalls = 20;
 constexpr int kReplays = 5;
 constexpr double kWireBytesPerUs = 371e3;
@@ -109,25 +114,27 @@ std::vector<int32_t> DrawIds(const Shape& s, const std::string& routing, std::mt
 
 // What one routing moves.
 struct Traffic {
-  double wire_rows = 0;  // in the busier direction
+  int wire_rows = 0;     // in the busiest direction of a device
   int num_rows = 0;      // of the busier device
   int capacity = 0;
 
-  Traffic(const Shape& s, const std::vector<int32_t> (&ids)[kDevices]) {
-    int received[kDevices] = {};
+  Traffic(const Shape& s, const std::vector<std::vector<int32_t>>& ids) {
+    int received[kDevices] = {}, out[kDevices] = {}, in[kDevices] = {};
     for (int d = 0; d < kDevices; ++d) {
-      double crossing = 0;
       for (int t = 0; t < s.tokens; ++t) {
-        bool remote = false;
+        bool to[kDevices] = {};
         for (int k = 0; k < s.top_k; ++k) {
           const int device = ids[d][size_t(t) * s.top_k + k] / s.num_local();
           ++received[device];
-          remote |= device != d;
+          to[device] = device != d;
         }
-        crossing += remote;
+        for (int e = 0; e < kDevices; ++e) {
+          out[d] += to[e];
+          in[e] += to[e];
+        }
       }
-      wire_rows = std::max(wire_rows, crossing);
     }
+    for (int d = 0; d < kDevices; ++d) wire_rows = std::max({wire_rows, out[d], in[d]});
     num_rows = *std::max_element(received, received + kDevices);
     capacity = std::max(int(s.tokens * s.top_k * kCapacityFactor) + 64, num_rows);
   }
@@ -278,13 +285,17 @@ void PrintTimes(const Shape& s, const Traffic& traffic, const Group& group) {
 void Run(const Shape& s, const Options& options, int64_t uid,
          const std::vector<cudaStream_t>& streams) {
   std::mt19937 rng(1);
-  const std::vector<int32_t> ids[kDevices] = {DrawIds(s, options.routing, &rng),
-                                              DrawIds(s, options.routing, &rng)};
+  std::vector<std::vector<int32_t>> ids;
+  std::vector<int> devices;
+  for (int d = 0; d < kDevices; ++d) {
+    ids.push_back(DrawIds(s, options.routing, &rng));
+    devices.push_back(d);
+  }
   const Traffic traffic(s, ids);
   const int local = s.num_local();
   const Sizes sizes = {s.tokens, s.top_k, traffic.capacity, kDevices, s.experts, local, s.dim * 2};
   OpenPeerToPeer({uid, {kDevices, local, s.tokens, s.top_k, s.dim * 2}, 5.0, options.num_sms},
-                 {{0, 1}});
+                 {devices});
   Arena arenas[kDevices];
   Group group = {uid, sizes, streams, {}};
   for (int d = 0; d < kDevices; ++d) {
