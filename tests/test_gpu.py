@@ -1,7 +1,8 @@
 """`transport="p2p"` gives the bits of `transport="xla"` on the GPUs of this machine.
 
 Runs the case table of the CPU tests on two GPUs. Without them the tests are skipped; with
-`JAXMOE_REQUIRE_GPUS=2` in the environment that is a failure.
+`JAXMOE_REQUIRE_GPUS=2` in the environment that is a failure. A larger number there runs all tests
+on so many GPUs.
 """
 
 from __future__ import annotations
@@ -24,21 +25,23 @@ import jaxmoe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 
+REQUIRED = int(os.environ.get("JAXMOE_REQUIRE_GPUS", "0"))
+GPUS = max(2, REQUIRED)
+
 
 @pytest.fixture(autouse=True)
 def gpus():
     """Skip, or fail where GPUs are required."""
     count = sum(d.platform == "gpu" for d in jax.devices())
-    wanted = int(os.environ.get("JAXMOE_REQUIRE_GPUS", "0"))
-    if count < wanted:
-        pytest.fail(f"JAXMOE_REQUIRE_GPUS={wanted}, but JAX sees {count} GPUs")
-    if count < 2:
-        pytest.skip(f"needs 2 GPUs, JAX sees {count}")
+    if count < REQUIRED:
+        pytest.fail(f"JAXMOE_REQUIRE_GPUS={REQUIRED}, but JAX sees {count} GPUs")
+    if count < GPUS:
+        pytest.skip(f"needs {GPUS} GPUs, JAX sees {count}")
 
 
-def on_two_gpus(config: Config) -> Config:
-    """The configuration with two devices, and a width that 16-byte vectors divide."""
-    devices = 1 if config.mesh is None else 2
+def on_gpus(config: Config) -> Config:
+    """The configuration with a device for each GPU, and a width that 16-byte vectors divide."""
+    devices = 1 if config.mesh is None else GPUS
     experts = -(-config.E // devices) * devices
     dim = -(-config.D // 8) * 8
     mesh = None if devices == 1 else "expert"
@@ -52,7 +55,7 @@ def inputs_of(case: Case, config: Config, draw) -> exchange.Arrays:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_integers_give_the_same_bits(case: Case):
-    config = on_two_gpus(case.config)
+    config = on_gpus(case.config)
     inputs = inputs_of(case, config, cases.integers)
     got, want = (exchange.run(config, t, inputs) for t in ("p2p", "xla"))
     for name in want:
@@ -61,7 +64,7 @@ def test_integers_give_the_same_bits(case: Case):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_floats_give_the_same_bits(case: Case):
-    config = on_two_gpus(case.config)
+    config = on_gpus(case.config)
     inputs = inputs_of(case, config, floats)
     got, want = (exchange.run(config, t, inputs) for t in ("p2p", "xla"))
     for name in set(want) - set(SUMS) - {"d_x"}:
@@ -73,7 +76,7 @@ def test_floats_give_the_same_bits(case: Case):
 
 @pytest.mark.parametrize("num_sms", [2, 24])
 def test_fewer_multiprocessors_give_the_same_bits(num_sms: int):
-    mesh = jax.make_mesh((2,), ("expert",))
+    mesh = jax.make_mesh((GPUS,), ("expert",))
     sizes = {"num_experts": 64, "top_k": 8, "dim": 1032, "max_tokens": 999}
     results = []
     for sms in (None, num_sms):
@@ -85,7 +88,7 @@ def test_fewer_multiprocessors_give_the_same_bits(num_sms: int):
 
 def test_many_calls_give_the_same_bits():
     """Different sizes in turn on one group: nothing of one call reaches another."""
-    mesh = jax.make_mesh((2,), ("expert",))
+    mesh = jax.make_mesh((GPUS,), ("expert",))
     group = jaxmoe.ExpertParallel(
         mesh, num_experts=32, top_k=4, dim=256, max_tokens=512, transport="p2p", timeout=20
     )
@@ -102,7 +105,7 @@ def test_many_calls_give_the_same_bits():
 
 
 def test_scan_of_layers():
-    mesh = jax.make_mesh((2,), ("expert",))
+    mesh = jax.make_mesh((GPUS,), ("expert",))
     outputs = []
     for transport in ("p2p", "xla"):
         group = jaxmoe.ExpertParallel(
@@ -133,7 +136,7 @@ def test_scan_of_layers():
 
 
 def test_auto_picks_the_kernels():
-    mesh = jax.make_mesh((2,), ("expert",))
+    mesh = jax.make_mesh((GPUS,), ("expert",))
     group = jaxmoe.ExpertParallel(mesh, num_experts=4, top_k=1, dim=64, max_tokens=8)
     assert group.transport == "p2p"
 
