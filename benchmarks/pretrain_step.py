@@ -4,7 +4,12 @@
     python -m jaxmoe launch -n 2 benchmarks/pretrain_step.py --transports nvshmem xla
 
 Preset bench-gpu (MoE layers of D=2048, K=8, E=64) unless told otherwise; tokens are random, and
-nothing is written. A figure is the median over the steps after two to warm up, in wall clock.
+nothing is written. A figure is the median over the steps after two to warm up, in wall clock. Each
+stage is announced and timed: initial values, tracing and lowering, compilation, the first step.
+
+On GPUs compilation is mostly XLA's search for the best Triton configuration of each matmul.
+XLA_FLAGS=--xla_gpu_enable_triton_gemm=false leaves them all to cuBLAS and shortens it.
+JAX_COMPILATION_CACHE_DIR keeps compiled programs for the next run.
 """
 
 from __future__ import annotations
@@ -24,76 +29,120 @@ import numpy as np
 import runtime
 from model import make_group
 from presets import PRESETS, RunConfig
+from stages import Stages
 from training import Learner
 
 VOCABULARY = 256
+WARM_UP = 2
 
 
-def seconds_per_step(config: RunConfig, transport: str, steps: int) -> list[float]:
+def seconds_per_step(config: RunConfig, transport: str, steps: int, stages: Stages) -> list[float]:
+    """Of `steps` steps after the warm-up."""
     mesh = runtime.make_mesh(config.devices, config.data_parallel)
     cfg, model = config.train, config.model
     rows = cfg.batch_size // cfg.accumulate
     max_tokens = -(-rows // mesh.size) * model.context
-    group = make_group(model, mesh, max_tokens=max_tokens, transport=transport)
-    learner = Learner(config, VOCABULARY, group, mesh)
-    state = learner.init()
+    with stages(f"{transport}: make the group"):
+        group = make_group(model, mesh, max_tokens=max_tokens, transport=transport)
+    with stages(f"{transport}: trace the model"):
+        learner = Learner(config, VOCABULARY, group, mesh)
+    with stages(f"{transport}: compile the initial values"):
+        init = learner.init.lower().compile()
+    with stages(f"{transport}: initial values"):
+        state = jax.block_until_ready(init())
     rng = np.random.default_rng(0)
     shape = (cfg.accumulate, rows, model.context + 1)
-    times = []
-    for _ in range(steps + 2):
+
+    def next_batch() -> jax.Array:
         tokens = rng.integers(0, VOCABULARY, shape).astype(np.int32)
-        batch = runtime.put(tokens, learner.batch_sharding)
+        return runtime.put(tokens, learner.batch_sharding)
+
+    with stages(f"{transport}: trace and lower the step"):
+        lowered = learner.train_step.lower(learner.abstract_state, next_batch())
+    with stages(f"{transport}: compile the step"):
+        train_step = lowered.compile()
+    memory = train_step.memory_analysis()
+    if memory is not None:
+        used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        stages.say(f"{transport}: {used / 2**30:.1f} GiB a device for arguments and temporaries")
+    times = []
+    for i in range(steps + WARM_UP):
+        batch = next_batch()
+        if i == 0:
+            stages.say(f"{transport}: first step ...")
         start = time.perf_counter()
-        state, report = learner.train_step(state, batch)
+        state, report = train_step(state, batch)
         loss = float(report.loss)
         times.append(time.perf_counter() - start)
+        stages.say(f"{transport}: step {i}: {times[-1] * 1e3:.1f} ms, loss {loss:.3f}")
         if not np.isfinite(loss):
             raise SystemExit(f"{transport}: the loss is {loss}")
-    if jax.process_index() == 0:
-        print(f"{transport:8} first step {times[0]:.1f} s, loss {loss:.3f}", flush=True)
     group.close()
-    return times[2:]
+    return times[WARM_UP:]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", default="bench-gpu", choices=PRESETS)
     parser.add_argument("--transports", nargs="+", default=["p2p", "xla"])
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--layers", type=int, help="instead of the preset's number of layers")
-    args = parser.parse_args()
+    # Sizes to use instead of the preset's.
+    parser.add_argument("--layers", type=int, help="layers, the dense ones included")
+    parser.add_argument("--dim", type=int, help="model width D")
+    parser.add_argument("--expert-hidden-dim", type=int, help="width F of an expert")
+    parser.add_argument("--context", type=int, help="tokens of a window")
+    parser.add_argument("--batch-size", type=int, help="windows of a step")
+    return parser.parse_args()
+
+
+def make_config(args: argparse.Namespace) -> RunConfig:
+    """The preset with the sizes of the command line."""
     config = PRESETS[args.preset]
-    if args.layers:
-        model = dataclasses.replace(config.model, num_layers=args.layers)
-        config = dataclasses.replace(config, model=model)
+    sizes = {
+        "num_layers": args.layers,
+        "dim": args.dim,
+        "expert_hidden_dim": args.expert_hidden_dim,
+        "context": args.context,
+    }
+    given = {name: size for name, size in sizes.items() if size is not None}
+    train = config.train
+    if args.batch_size is not None:
+        train = dataclasses.replace(train, batch_size=args.batch_size)
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, **given), train=train
+    )
+
+
+def main() -> None:
+    args = parse_args()
+    config = make_config(args)
     runtime.set_host_devices(config.devices)
     runtime.join_processes()
-    if jax.process_index() == 0:
-        m, t = config.model, config.train
-        print(
-            f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}, "
-            f"{args.preset}: D={m.dim} K={m.top_k} E={m.num_experts} F={m.expert_hidden_dim}, "
-            f"{m.num_layers} layers, {t.batch_size * m.context} tokens a step",
-            flush=True,
-        )
-    medians = {}
+    # Threefry's rounds, compiled for every parameter, would take longer than the step's program.
+    jax.config.update("jax_default_prng_impl", "unsafe_rbg")
+    stages = Stages()
+    m, t = config.model, config.train
+    stages.say(
+        f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}, "
+        f"{args.preset}: D={m.dim} K={m.top_k} E={m.num_experts} F={m.expert_hidden_dim}, "
+        f"{m.num_layers} layers, {t.batch_size * m.context} tokens a step"
+    )
+    medians: dict[str, float] = {}
     for transport in args.transports:
         times = seconds_per_step(
-            dataclasses.replace(config, transport=transport), transport, args.steps
+            dataclasses.replace(config, transport=transport), transport, args.steps, stages
         )
         medians[transport] = statistics.median(times)
-        if jax.process_index() == 0:
-            ratio = medians[args.transports[-1]] if transport == args.transports[-1] else None
-            print(
-                f"{transport:8} {medians[transport] * 1e3:9.1f} ms a step, "
-                f"{min(times) * 1e3:.1f} to {max(times) * 1e3:.1f}"
-                + (
-                    f"; {ratio / medians[args.transports[0]]:.2f} x {args.transports[0]}"
-                    if ratio
-                    else ""
-                ),
-                flush=True,
-            )
+        compiling = stages.seconds[f"{transport}: compile the step"]
+        stages.say(
+            f"{transport:8} {medians[transport] * 1e3:9.1f} ms a step, "
+            f"{min(times) * 1e3:.1f} to {max(times) * 1e3:.1f}; compiled in {compiling:.1f} s"
+        )
+    first, last = args.transports[0], args.transports[-1]
+    if first != last:
+        stages.say(f"{last} / {first}: {medians[last] / medians[first]:.2f}")
 
 
 if __name__ == "__main__":
