@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import jax
 import numpy as np
+from stages import Stages
 
 import runtime
 from model import make_group
 from presets import PRESETS, RunConfig
-from stages import Stages
 from training import Learner
 
 VOCABULARY = 256
