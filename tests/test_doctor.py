@@ -209,3 +209,9 @@ def test_gpus_of_the_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     becomes("sleep 60")
     monkeypatch.setattr(_system, "SECONDS", 0.3)
     assert _machine._gpus() == ([], "nvidia-smi does not answer")
+
+
+def test_underlined_words_are_written_plainly():
+    answer = _system.ask(["printf", r"\033[4mGPU0\tGPU1\033[0m NV18\n"])
+    assert answer is not None
+    assert answer.plain == "GPU0\tGPU1 NV18\n"

@@ -28,6 +28,8 @@ I32 = jnp.int32
 F32 = jnp.float32
 # XLA's own: true unless set, read when a program is compiled.
 ONE_SHOT_FLAG = "xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel"
+# XLA since jax 0.11.1 refuses to run without that kernel unless told so.
+_FALLBACK_FLAG = "xla_gpu_allow_ragged_all_to_all_nccl_send_recv_fallback"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +205,17 @@ class Ragged:
         place = unsorted.set(jnp.arange(segments.order.size, dtype=I32), unique_indices=True)
         by_token = terms[place].reshape(-1, self.group.top_k, terms.shape[1])
         return jnp.sum(by_token, axis=1).astype(like.dtype)
+
+
+@functools.cache
+def flags_without_one_shot() -> dict[str, bool]:
+    """Flags with which XLA runs `lax.ragged_all_to_all` on a GPU by NCCL's sends and receives."""
+    flags = {ONE_SHOT_FLAG: False}
+    try:
+        jax.jit(lambda: 0).lower().compile(compiler_options={_FALLBACK_FLAG: True})
+    except jax.errors.JaxRuntimeError:  # it has no such flag, and needs none
+        return flags
+    return flags | {_FALLBACK_FLAG: True}
 
 
 @functools.cache

@@ -190,13 +190,14 @@ class Exchange:
     def implementations(self) -> list[Implementation]:
         """The library's transport first, then the baselines that were asked for."""
         ragged = baselines.Ragged(self.plain)
-        flags = [{baselines.ONE_SHOT_FLAG: one_shot} for one_shot in (True, False)]
-        on_gpu = jax.default_backend() == "gpu"  # others do not know the flag
+        flags: list[dict[str, bool] | None] = [None, None]
+        if jax.default_backend() == "gpu":  # others do not know the flags
+            flags = [{baselines.ONE_SHOT_FLAG: True}, baselines.flags_without_one_shot()]
         found = {
             "xla": self.reference,
             "allgather": Implementation("allgather", baselines.AllGather(self.plain)),
-            "ragged": Implementation("ragged", ragged, flags[0] if on_gpu else None),
-            "ragged-nccl": Implementation("ragged-nccl", ragged, flags[1] if on_gpu else None),
+            "ragged": Implementation("ragged", ragged, flags[0]),
+            "ragged-nccl": Implementation("ragged-nccl", ragged, flags[1]),
         }
         own = Implementation(self.group.transport, Library(self.group))
         names = [n for n in self.settings.baselines if n != self.group.transport]

@@ -31,7 +31,7 @@ def facts() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES + CUDA_PACKAGES},
         "gpus": gpus,
         "gpu_problem": problem,
-        "topology": topology.output if topology is not None and topology.code == 0 else None,
+        "topology": topology.plain if topology is not None and topology.code == 0 else None,
         "host_library": _host_library(),
         "cuda_build": _cuda_build(),
         "environment": {

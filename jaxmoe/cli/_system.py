@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,11 @@ class Answer:
     output: str
     errors: str
     code: int | None
+
+    @property
+    def plain(self) -> str:
+        """The output without escape sequences, which nvidia-smi underlines a head by."""
+        return re.sub(r"\x1b\[[0-9;]*m", "", self.output)
 
 
 def ask(

@@ -1,7 +1,10 @@
-"""All four operations on all GPUs of this process, for compute-sanitizer to watch.
+"""All four operations on GPUs of this process, for compute-sanitizer to watch.
 
-Plain and dropping, wide and narrow rows, few multiprocessors and all.
+Argument: how many GPUs, or "all". Plain and dropping, wide and narrow rows, few multiprocessors and
+all.
 """
+
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jaxmoe
 
 processes.join()
-mesh = jax.make_mesh((jax.device_count(),), ("expert",))
+NUM = jax.device_count() if sys.argv[1] == "all" else int(sys.argv[1])
+mesh = jax.make_mesh((NUM,), ("expert",), devices=jax.devices()[:NUM])
 SPEC = PartitionSpec("expert")
 
 
@@ -21,7 +25,7 @@ def run(num_tokens: int, dim: int, top_k: int, num_experts: int, **options: obje
         mesh, num_experts=num_experts, top_k=top_k, dim=dim, max_tokens=num_tokens,
         transport="p2p", timeout=60, **options,
     )  # fmt: skip
-    rng, num = np.random.default_rng(num_tokens), jax.device_count() * num_tokens
+    rng, num = np.random.default_rng(num_tokens), NUM * num_tokens
     x = rng.standard_normal((num, dim), np.float32).astype(jnp.bfloat16)
     ids = np.argsort(rng.random((num, num_experts)), axis=1)[:, :top_k].astype(np.int32)
     weights = rng.random((num, top_k)).astype(np.float32)
