@@ -65,6 +65,7 @@ __device__ inline void ListExpertRows(const Call& call, const Sizes& sizes,
 
 // Waits until the list's token is here.
 __device__ inline void AwaitToken(const Call& call, RowList* list, bool* ok) {
+  __syncwarp();  // all lanes have seen that the list is not complete
   if (threadIdx.x % 32 == 0) {
     if (list->source != call.peers.rank) {
       const auto* flag = reinterpret_cast<const uint64_t*>(
