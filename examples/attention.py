@@ -1,7 +1,12 @@
-"""Attention of the example's transformer: RMSNorm, RoPE, grouped queries and the decoding cache."""
+"""Attention of the example's transformer: RMSNorm, RoPE, grouped queries and the decoding cache.
+
+`latent_attention.py` has the second kind. Both write a call's new entries into the cache first and
+then attend to it; nothing but these entries changes, so that XLA updates a donated cache in place.
+"""
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -42,21 +47,46 @@ def rope(
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
+def write_slots(
+    cache: Float[Array, "B ... C H"],
+    new: Float[Array, "B ... S H"],
+    positions: Int32[Array, "B S"],
+    *,
+    fresh: bool,
+) -> Float[Array, "B ... C H"]:
+    """The cache with `new` in the slots `positions` of each row, which grow by one along S.
+
+    fresh: the positions are 0, 1, ..., S - 1 in all rows.
+    """
+    new = new.astype(cache.dtype)
+    if fresh:
+        return jax.lax.dynamic_update_slice_in_dim(cache, new, 0, axis=cache.ndim - 2)
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=cache.ndim - 3)
+    return jax.vmap(write)(cache, new, positions[:, 0])
+
+
+def visible_slots(positions: Int32[Array, "B S"], length: int) -> Bool[Array, "B S C"]:
+    """Whether a token at a position may see each of `length` slots: its own and those before."""
+    return jnp.arange(length, dtype=jnp.int32) <= positions[:, :, None]
+
+
+def softmax(scores: Float[Array, "*rows C"], visible: Bool[Array, "*rows C"]) -> Array:
+    """In float32 over the visible entries; the others get 0."""
+    return jax.nn.softmax(jnp.where(visible, scores.astype(jnp.float32), -jnp.inf), axis=-1)
+
+
 class KVCache(NamedTuple):
     """Keys and values of one layer; slot i of a row holds its token at position i."""
 
-    keys: Float[Array, "B C G H"]
-    values: Float[Array, "B C G H"]
-
-
-def empty_cache(config: ModelConfig, batch_size: int, length: int, dtype: jnp.dtype) -> KVCache:
-    """A cache of `length` free slots for each of `batch_size` rows."""
-    shape = (batch_size, length, config.num_kv_heads, config.head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    keys: Float[Array, "B G C H"]
+    values: Float[Array, "B G C H"]
 
 
 class Attention(nnx.Module):
-    """Causal attention of grouped queries (Ainslie et al., 2023)."""
+    """Causal attention of grouped queries (Ainslie et al., 2023).
+
+    N = num_heads queries share G = num_kv_heads keys and values of width H = head_dim.
+    """
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -67,43 +97,53 @@ class Attention(nnx.Module):
         self.value = Linear(config.dim, groups * width, std=std, dtype=dtype, rngs=rngs)
         self.out = Linear(heads * width, config.dim, std=back, dtype=dtype, rngs=rngs)
 
+    def empty_cache(self, batch_size: int, length: int) -> KVCache:
+        """`length` free slots for each of `batch_size` rows."""
+        shape = (batch_size, self.config.num_kv_heads, length, self.config.head_dim)
+        return KVCache(jnp.zeros(shape, self.query.dtype), jnp.zeros(shape, self.query.dtype))
+
     def __call__(
         self,
         x: Float[Array, "B S D"],
         positions: Int32[Array, "B S"],
         cache: KVCache | None = None,
+        *,
+        fresh: bool = False,
     ) -> tuple[Float[Array, "B S D"], KVCache | None]:
         """Attends to the tokens at or before each position: those of x, or with a cache its own.
 
         With a cache the new keys and values are written to the slots `positions` first. Slots after
         a query's position are never read, so they may hold anything.
+
+        fresh: the cache is empty and the positions are 0, 1, ..., S - 1: x sees itself alone.
         """
         cfg = self.config
         split = (*x.shape[:2], -1, cfg.head_dim)
         query = rope(self.query(x).reshape(split), positions, cfg.rope_theta)
         key = rope(self.key(x).reshape(split), positions, cfg.rope_theta)
         value = self.value(x).reshape(split)
-        if cache is None:
+        if cache is not None:
+            entries = (key.swapaxes(1, 2), value.swapaxes(1, 2))
+            pairs = zip(cache, entries, strict=True)
+            cache = KVCache(*(write_slots(c, new, positions, fresh=fresh) for c, new in pairs))
+        if cache is None or fresh:
             y = jax.nn.dot_product_attention(query, key, value, is_causal=True)
         else:
-            cache = _write(cache, key, value, positions)
-            slots = jnp.arange(cache.keys.shape[1], dtype=jnp.int32)
-            visible: Bool[Array, "B 1 S C"] = slots <= positions[:, None, :, None]
-            y = jax.nn.dot_product_attention(query, cache.keys, cache.values, mask=visible)
+            y = self._attend(query, cache, positions)
         return self.out(y.reshape(*x.shape[:2], -1)), cache
 
-
-def _write(
-    cache: KVCache,
-    key: Float[Array, "B S G H"],
-    value: Float[Array, "B S G H"],
-    positions: Int32[Array, "B S"],
-) -> KVCache:
-    """The cache with the keys and values at `positions`, which grow by one along S."""
-
-    def write_row(slots: Array, new: Array, start: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis=0)
-
-    write = jax.vmap(write_row)
-    start = positions[:, 0]
-    return KVCache(write(cache.keys, key, start), write(cache.values, value, start))
+    def _attend(
+        self, query: Float[Array, "B S N H"], cache: KVCache, positions: Int32[Array, "B S"]
+    ) -> Float[Array, "B S N H"]:
+        """The slots' values, each read once for all queries that share it."""
+        cfg = self.config
+        split = (*query.shape[:2], cfg.num_kv_heads, -1, cfg.head_dim)
+        scores = jnp.einsum(
+            "bsgqh,bgch->bgqsc",
+            query.reshape(split),
+            cache.keys,
+            preferred_element_type=jnp.float32,
+        )
+        visible = visible_slots(positions, cache.keys.shape[2])[:, None, None]
+        weights = softmax(scores * cfg.head_dim**-0.5, visible).astype(query.dtype)
+        return jnp.einsum("bgqsc,bgch->bsgqh", weights, cache.values).reshape(query.shape)

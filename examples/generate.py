@@ -13,10 +13,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int32
 
 import runtime
-from attention import KVCache, empty_cache
-from model import Transformer, token_sharding
+from jaxmoe.balance import LoadStatistics, no_statistics, update
+from model import Cache, Transformer, token_sharding
 from presets import SettingsError
 from sampling import SamplingConfig, sample
+
+Weights = tuple[nnx.State, nnx.State]
+"""Parameters, and the routers' state, as `split_model` returns them."""
+# What a step's load counts against the next one's: an average over the last hundred or so.
+_LOAD_DECAY = 0.99
 
 
 class DecodeState(NamedTuple):
@@ -29,29 +34,46 @@ class DecodeState(NamedTuple):
     lengths: Int32[Array, " B"]
     """Of the prompts."""
     done: Bool[Array, " B"]
-    caches: tuple[KVCache, ...]
+    caches: tuple[Cache, ...]
+    load: LoadStatistics | None
+    """Of the MoE layers; None where the model does not observe it."""
+
+
+class Progress(NamedTuple):
+    """What a call says of the state that it leaves; the next call uses that up, but not this."""
+
+    step: Int32[Array, ""]
+    done: Bool[Array, ""]
+    """All rows have ended."""
 
 
 class Generator:
     """A model's decoding functions, compiled for one batch of prompts.
 
-    Rows stop at end-of-text or after max_new_tokens. A row that is done goes through the model
-    until the last one is, but is masked out of the experts.
+    Rows stop at end-of-text or after max_new_tokens. Steps are made `steps_per_call` at a time, in
+    a loop of fixed length, so that the device asks nobody whether to go on within one. A row that is
+    done goes through the model until the last one is, but is masked out of the experts.
+
+    `generate` is one program: prefill, then such loops until all rows are done. `stream` is the same
+    in a call for each loop. The state, caches included, is donated to the next call: in both the
+    caches stay where they are, and a step writes one slot of a row.
     """
 
     def __init__(
         self,
         graphdef: nnx.GraphDef[Transformer],
-        weights: tuple[nnx.State, nnx.State],
+        weights: Weights,
         prompts: Sequence[np.ndarray],
         *,
         mesh: Mesh,
         end_of_text: int,
         max_new_tokens: int,
         sampling: SamplingConfig,
+        steps_per_call: int = 8,
     ) -> None:
-        """weights: parameters and router state. prompts: int32 ids, one array per row, not empty.
+        """weights: in use from the next call on whenever they are set, for other values too.
 
+        prompts: int32 ids, one array per row, not empty. end_of_text: -1 for rows that never stop.
         Raises SettingsError when a prompt and the new tokens do not fit the model's context.
         """
         self.graphdef = graphdef
@@ -60,87 +82,128 @@ class Generator:
         self.end_of_text = end_of_text
         self.max_new_tokens = max_new_tokens
         self.sampling = sampling
-        self.config = nnx.merge(graphdef, *weights).config
+        self.steps_per_call = steps_per_call
+        model = nnx.merge(graphdef, *weights)
+        self.config = model.config
+        self._observed = [moe.config for moe in model.moe_layers if moe.config.observe_load]
         self.num_prompts = len(prompts)
         self.num_prompt_tokens = sum(map(len, prompts))
         check_fits(prompts, max_new_tokens, self.config.context)
         self._prompts = _pad(prompts, mesh)
-        # Fixed, so that what a chunk returns fits what the next one was compiled for.
+        # The first token is the prefill's, the others come in whole loops.
+        self._room = 1 + -(-(max_new_tokens - 1) // steps_per_call) * steps_per_call
+        # Fixed, so that what a call returns fits what the next one was compiled for.
         rows, everywhere = token_sharding(mesh), NamedSharding(mesh, PartitionSpec())
-        placed: Any = DecodeState(everywhere, *[rows] * 4)  # type: ignore[arg-type]
+        placed: Any = DecodeState(everywhere, *[rows] * 4, everywhere)  # type: ignore[arg-type]
         self._whole = jax.jit(self._generate, out_shardings=placed)
-        self._begin = jax.jit(self._prefill, out_shardings=placed)
-        self._continue = jax.jit(self._decode_until, out_shardings=placed, donate_argnums=1)
+        self._begin = jax.jit(self._prefill, out_shardings=(placed, everywhere))
+        self._continue = jax.jit(self._steps, out_shardings=(placed, everywhere), donate_argnums=1)
 
     def generate(self, num_tokens: int | None = None) -> np.ndarray:
         """int32 [number of prompts, max_new_tokens]: prefill and the whole loop in one call.
 
-        num_tokens: stop earlier; 1 is the prefill alone, which gives the first token.
+        num_tokens: stop after the loop that reaches so many; 1 is the prefill alone, which gives
+        the first token.
         """
         limit = np.int32(self.max_new_tokens if num_tokens is None else num_tokens)
         tokens = self._whole(self.weights, *self._prompts, limit).tokens
-        return runtime.fetch(tokens)[: self.num_prompts]
+        return runtime.fetch(tokens)[: self.num_prompts, : self.max_new_tokens]
 
     def lower(self) -> jax.stages.Lowered:
         """The program of `generate`, to look into."""
         return self._whole.lower(self.weights, *self._prompts, np.int32(self.max_new_tokens))
 
+    def lower_begin(self) -> jax.stages.Lowered:
+        """The program of the prefill alone."""
+        return self._begin.lower(self.weights, *self._prompts)
+
+    def lower_continue(self) -> jax.stages.Lowered:
+        """The program of `steps_per_call` steps."""
+        state, _ = jax.eval_shape(self._begin, self.weights, *self._prompts)
+        return self._continue.lower(self.weights, state)
+
+    def begin(self) -> tuple[DecodeState, Progress]:
+        """Runs the prompts; returns at once, like every call of JAX."""
+        state, progress = self._begin(self.weights, *self._prompts)
+        return state, progress
+
+    def resume(self, state: DecodeState) -> tuple[DecodeState, Progress]:
+        """`steps_per_call` steps more; uses the state up. Needs `has_room`."""
+        state, progress = self._continue(self.weights, state)
+        return state, progress
+
+    def has_room(self, num_tokens: int) -> bool:
+        """Whether there is something left to do for rows of so many new tokens."""
+        return num_tokens < self.max_new_tokens
+
     def warm_up(self, *, streaming: bool) -> None:
         """Compiles what `generate` or `stream` runs, so that their times are of running alone."""
         if streaming:
-            state = self._begin(self.weights, *self._prompts)
-            # A limit that is reached already: no step to take.
-            jax.block_until_ready(self._continue(self.weights, state, np.int32(0)))
+            state, progress = self.begin()
+            if self.has_room(1):
+                _, progress = self.resume(state)
+            jax.block_until_ready(progress)
         else:
             self.generate(1)
 
-    def stream(self, chunk: int) -> Iterator[np.ndarray]:
-        """The tokens so far, int32 [number of prompts, steps so far], after every `chunk` steps.
+    def stream(self) -> Iterator[np.ndarray]:
+        """The tokens so far, int32 [number of prompts, steps so far], after each call.
 
-        The same tokens as `generate`: the same loop, stopped and continued.
+        The same tokens as `generate`: the same loops, one by one.
         """
-        state = self._begin(self.weights, *self._prompts)
-        yield self._so_far(state)
-        while not self._finished(state):
-            limit = np.int32(int(state.step) + chunk)
-            state = self._continue(self.weights, state, limit)
-            yield self._so_far(state)
+        state, progress = self.begin()
+        yield self.so_far(state)
+        while self.has_room(int(progress.step)) and not bool(progress.done):
+            state, progress = self.resume(state)
+            yield self.so_far(state)
 
-    def _finished(self, state: DecodeState) -> bool:
-        return int(state.step) >= self.max_new_tokens or bool(runtime.fetch(state.done).all())
-
-    def _so_far(self, state: DecodeState) -> np.ndarray:
-        return runtime.fetch(state.tokens)[: self.num_prompts, : int(state.step)]
+    def so_far(self, state: DecodeState) -> np.ndarray:
+        """The new tokens of a state, int32 [number of prompts, steps so far]."""
+        num_tokens = min(int(state.step), self.max_new_tokens)
+        return runtime.fetch(state.tokens)[: self.num_prompts, :num_tokens]
 
     def _model(self, weights: Any) -> Transformer:
         return nnx.merge(self.graphdef, *weights)
 
     def _generate(self, weights: Any, prompts: Array, lengths: Array, limit: Array) -> DecodeState:
-        return self._decode_until(weights, self._prefill(weights, prompts, lengths), limit)
+        def going_on(state: DecodeState) -> Array:
+            return (state.step < limit) & ~jnp.all(state.done)
+
+        def loop(state: DecodeState) -> DecodeState:
+            return self._steps(weights, state)[0]
+
+        first, _ = self._prefill(weights, prompts, lengths)
+        return jax.lax.while_loop(going_on, loop, first)
 
     def _prefill(
         self, weights: Any, prompts: Int32[Array, "B P"], lengths: Int32[Array, " B"]
-    ) -> DecodeState:
+    ) -> tuple[DecodeState, Progress]:
         """Runs the prompts, fills the caches, and draws each row's first token."""
         batch_size, width = prompts.shape
         model = self._model(weights)
-        length = width + self.max_new_tokens
-        caches = tuple(
-            empty_cache(self.config, batch_size, length, model.dtype)
-            for _ in range(self.config.num_layers)
+        caches = jax.lax.with_sharding_constraint(
+            model.empty_caches(batch_size, width + self._room), token_sharding(self.mesh)
         )
         mask = jnp.arange(width, dtype=jnp.int32) < lengths[:, None]
-        output = model(prompts, caches=caches, mask=mask)
-        last = jnp.maximum(lengths - 1, 0)[:, None, None]
-        logits = jnp.take_along_axis(output.logits, last, axis=1)[:, 0]
+        output = model(prompts, caches=caches, fresh=True, mask=mask, last=lengths - 1)
         state = DecodeState(
             step=jnp.int32(0),
-            tokens=jnp.full((batch_size, self.max_new_tokens), self.end_of_text, jnp.int32),
+            tokens=jnp.full((batch_size, self._room), self.end_of_text, jnp.int32),
             lengths=lengths,
             done=lengths == 0,
             caches=output.caches,
+            load=self._no_load(),
         )
-        return self._append(state, logits)
+        state = self._append(state, output.logits[:, 0])
+        return state, Progress(state.step, jnp.all(state.done))
+
+    def _no_load(self) -> LoadStatistics | None:
+        if not self._observed:
+            return None
+        config = self._observed[0]
+        return no_statistics(
+            len(self._observed), config.num_held_experts, config.group.num_devices
+        )
 
     def _append(self, state: DecodeState, logits: Array) -> DecodeState:
         """Draws and notes the next token of each row."""
@@ -154,24 +217,24 @@ class Generator:
             done=state.done | (token == self.end_of_text),
         )
 
-    def _decode_until(
-        self, weights: Any, state: DecodeState, limit: Int32[Array, ""]
-    ) -> DecodeState:
-        """Decodes until a row has `limit` tokens, or all rows are done."""
+    def _steps(self, weights: Any, state: DecodeState) -> tuple[DecodeState, Progress]:
+        """`steps_per_call` steps, whether rows are done or not."""
         model = self._model(weights)
 
-        def going_on(state: DecodeState) -> Array:
-            return (state.step < jnp.minimum(limit, self.max_new_tokens)) & ~jnp.all(state.done)
-
-        def decode_one(state: DecodeState) -> DecodeState:
+        def decode_one(_: Any, state: DecodeState) -> DecodeState:
             token = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
             positions = (state.lengths + state.step - 1)[:, None]
             output = model(
                 token, positions=positions, caches=state.caches, mask=~state.done[:, None]
             )
-            return self._append(state._replace(caches=output.caches), output.logits[:, 0])
+            load = state.load
+            if load is not None:
+                load = update(load, output.stats.load, decay=_LOAD_DECAY)
+            state = state._replace(caches=output.caches, load=load)
+            return self._append(state, output.logits[:, 0])
 
-        return jax.lax.while_loop(going_on, decode_one, state)
+        state = jax.lax.fori_loop(0, self.steps_per_call, decode_one, state)
+        return state, Progress(state.step, jnp.all(state.done))
 
 
 def check_fits(prompts: Sequence[np.ndarray], max_new_tokens: int, context: int) -> None:

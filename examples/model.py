@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int32
 import jaxmoe
 from attention import Attention, KVCache, RMSNorm
 from jaxmoe import compress
+from latent_attention import LatentAttention, LatentCache
 from linear import Linear, SwiGLU
 from presets import ModelConfig, SettingsError
 
@@ -101,6 +103,9 @@ def _moe(
     )
 
 
+Cache = KVCache | LatentCache
+
+
 class Block(nnx.Module):
     """x += attention(norm(x)); x += feed_forward(norm(x)), dense or a mixture of experts."""
 
@@ -115,7 +120,8 @@ class Block(nnx.Module):
     ) -> None:
         """group: None for a dense layer."""
         self.attention_norm = RMSNorm(config.dim)
-        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        kind = Attention if config.attention == "grouped" else LatentAttention
+        self.attention = kind(config, dtype=dtype, rngs=rngs)
         self.feed_forward_norm = RMSNorm(config.dim)
         self.dense = SwiGLU(config, dtype=dtype, rngs=rngs) if group is None else None
         self.moe = None if group is None else _moe(config, group, observe_load, rngs)
@@ -124,11 +130,12 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B S D"],
         positions: Int32[Array, "B S"],
-        cache: KVCache | None,
+        cache: Cache | None,
         mask: Bool[Array, "B S"] | None,
         key: jax.Array | None,
-    ) -> tuple[Float[Array, "B S D"], KVCache | None, jaxmoe.MoEStats | None]:
-        y, cache = self.attention(self.attention_norm(x), positions, cache)
+        fresh: bool = False,
+    ) -> tuple[Float[Array, "B S D"], Cache | None, jaxmoe.MoEStats | None]:
+        y, cache = self.attention(self.attention_norm(x), positions, cache, fresh=fresh)
         x = x + y
         y = self.feed_forward_norm(x)
         if self.moe is not None:
@@ -145,7 +152,7 @@ class Output(NamedTuple):
     """float32"""
     stats: jaxmoe.MoEStats
     """Load and losses, stacked over the MoE layers: each field has them as its first dimension."""
-    caches: tuple[KVCache, ...]
+    caches: tuple[Cache, ...]
     """One per layer; none in a call without caches."""
 
 
@@ -191,15 +198,20 @@ class Transformer(nnx.Module):
         tokens: Int32[Array, "B S"],
         *,
         positions: Int32[Array, "B S"] | None = None,
-        caches: tuple[KVCache, ...] | None = None,
+        caches: tuple[Cache, ...] | None = None,
+        fresh: bool = False,
         mask: Bool[Array, "B S"] | None = None,
+        last: Int32[Array, " B"] | None = None,
         key: jax.Array | None = None,
     ) -> Output:
         """Logits of the token after each of `tokens`.
 
         positions: of the tokens in their rows; None: 0, 1, ..., S - 1. Along S they grow by one.
-        caches: keys and values of earlier positions, one per layer; the new ones come back.
+        caches: of earlier positions, one per layer as `empty_caches` makes them; the new ones come
+          back.
+        fresh: the caches are empty and `positions` is None: tokens see these tokens alone.
         mask: False for tokens that the experts must leave out (padding); their logits mean nothing.
+        last: of each row the only token whose logits are wanted, of [B, 1, V]; None: all.
         key: for the router's jitter; None where there is none, that is everywhere but in training.
         """
         if positions is None:
@@ -209,22 +221,28 @@ class Transformer(nnx.Module):
             x = jax.lax.with_sharding_constraint(x, token_sharding(self.mesh))
         # A cached call has no backward pass to save memory for.
         remat = self.config.remat and caches is None
-        new_caches: list[KVCache] = []
+        new_caches: list[Cache] = []
         stats: list[jaxmoe.MoEStats] = []
         for i, block in enumerate(self.blocks):
             cache = None if caches is None else caches[i]
             layer_key = None if key is None else jax.random.fold_in(key, i)
-            call = jax.checkpoint(block) if remat else block
+            call = jax.checkpoint(block) if remat else functools.partial(block, fresh=fresh)
             x, cache, layer_stats = call(x, positions, cache, mask, layer_key)
             if cache is not None:
                 new_caches.append(cache)
             if layer_stats is not None:
                 stats.append(layer_stats)
+        if last is not None:
+            x = jnp.take_along_axis(x, jnp.maximum(last, 0)[:, None, None], axis=1)
         return Output(
             self._logits(self.norm(x)),
             jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats),
             tuple(new_caches),
         )
+
+    def empty_caches(self, batch_size: int, length: int) -> tuple[Cache, ...]:
+        """Caches of `length` free slots for each of `batch_size` rows, one per layer."""
+        return tuple(block.attention.empty_cache(batch_size, length) for block in self.blocks)
 
     def _logits(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         kernel = self.embed.embedding[...].T if self.head is None else self.head.kernel[...]

@@ -28,10 +28,20 @@ class ModelConfig:
     num_layers: int = 4
     num_dense_layers: int = 1
     """The first layers that have a dense SwiGLU instead of experts."""
+    attention: Literal["grouped", "latent"] = "grouped"
+    """grouped: queries that share keys and values (GQA). latent: keys and values from one short
+    vector for each token, which is all that decoding keeps (MLA)."""
     num_heads: int = 4
     num_kv_heads: int = 2
-    """Heads of keys and values; each serves num_heads / num_kv_heads query heads."""
+    """Heads of keys and values; each serves num_heads / num_kv_heads query heads. grouped only."""
     head_dim: int = 32
+    """Of queries, keys and values; with latent attention without the turned part."""
+    kv_lora_rank: int = 64
+    """Width of the latent. latent only, like the next two."""
+    query_lora_rank: int | None = None
+    """Width of a latent for the queries; None: straight from the token."""
+    rope_head_dim: int = 16
+    """Further elements of queries and keys, those that RoPE turns."""
     context: int = 256
     """Tokens of a training window, and the most that decoding may hold."""
     dense_hidden_dim: int = 384
@@ -76,10 +86,14 @@ class ModelConfig:
                 f"model: num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
                 f"({self.num_kv_heads})."
             )
-        if self.head_dim % 2:
+        turned = "head_dim" if self.attention == "grouped" else "rope_head_dim"
+        if getattr(self, turned) % 2:
             raise SettingsError(
-                f"model: head_dim ({self.head_dim}) must be even: RoPE turns pairs."
+                f"model: {turned} ({getattr(self, turned)}) must be even: RoPE turns pairs."
             )
+        for name in ("kv_lora_rank", "rope_head_dim", "query_lora_rank"):
+            if getattr(self, name) is not None:
+                _at_least_one("model", name, getattr(self, name))
         if not 0 <= self.num_dense_layers <= self.num_layers:
             raise SettingsError(
                 f"model: num_dense_layers ({self.num_dense_layers}) must be from 0 to num_layers "
@@ -366,4 +380,28 @@ _BENCH_GPU = RunConfig(
     ),
 )
 
-PRESETS = {config.preset: config for config in (_DEMO, _TINY, _SMALL_GPU, _BENCH_GPU)}
+_TINY_LATENT = dataclasses.replace(
+    _TINY,
+    preset="tiny-latent",
+    model=dataclasses.replace(
+        _TINY.model, attention="latent", kv_lora_rank=16, query_lora_rank=24, rope_head_dim=8
+    ),
+)
+
+# For benchmarks/decode_loop.py: MoE layers alone, and a cache of 1,152 bytes a token and layer.
+_DECODE_GPU = dataclasses.replace(
+    _BENCH_GPU,
+    preset="decode-gpu",
+    model=dataclasses.replace(
+        _BENCH_GPU.model,
+        attention="latent",
+        kv_lora_rank=512,
+        rope_head_dim=64,
+        num_layers=8,
+        num_dense_layers=0,
+        capacity_factor=None,
+    ),
+)
+
+_ALL = (_DEMO, _TINY, _TINY_LATENT, _SMALL_GPU, _BENCH_GPU, _DECODE_GPU)
+PRESETS = {config.preset: config for config in _ALL}

@@ -12,7 +12,7 @@ from examples_support import ROOT  # noqa: F401  (puts examples/ on the path)
 from flax import nnx
 from test_compiled import STRAY, collectives, targets
 
-from attention import empty_cache, rope
+from attention import rope
 from generate import Generator, check_fits
 from model import Transformer, make_group, split_model
 from presets import PRESETS, ModelConfig, SettingsError, TrainConfig
@@ -85,7 +85,7 @@ def test_cached_calls_equal_the_whole() -> None:
     model = make_model(CONFIG, num_devices=2)
     tokens = random_tokens(2, 12)
     whole = logits_of(model, tokens)
-    caches = tuple(empty_cache(CONFIG, 2, 16, jnp.dtype("float32")) for _ in range(2))
+    caches = model.empty_caches(2, 16)
     parts = []
     for start, end in ((0, 5), (5, 6), (6, 12)):
         positions = jnp.broadcast_to(jnp.arange(start, end, dtype=jnp.int32), (2, end - start))
@@ -140,7 +140,7 @@ def test_greedy_decoding_equals_the_naive_one() -> None:
     for model in (make_model(CONFIG, num_devices=4), single):
         generator = _generator(model, prompts, num_new, SamplingConfig(temperature=0.0))
         assert generator.generate().tolist() == expected
-    *_, streamed = generator.stream(chunk=7)
+    *_, streamed = generator.stream()
     assert streamed.tolist() == expected
 
 
