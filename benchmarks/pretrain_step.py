@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import jax
 import numpy as np
+import values
 from stages import Stages
 
 import runtime
@@ -46,10 +47,9 @@ def seconds_per_step(config: RunConfig, transport: str, steps: int, stages: Stag
         group = make_group(model, mesh, max_tokens=max_tokens, transport=transport)
     with stages(f"{transport}: trace the model"):
         learner = Learner(config, VOCABULARY, group, mesh)
-    with stages(f"{transport}: compile the initial values"):
-        init = learner.init.lower().compile()
     with stages(f"{transport}: initial values"):
-        state = jax.block_until_ready(init())
+        abstract = learner.abstract_state
+        state = values.zeros(abstract)._replace(params=values.draw(abstract.params))
     rng = np.random.default_rng(0)
     shape = (cfg.accumulate, rows, model.context + 1)
 
@@ -120,8 +120,6 @@ def main() -> None:
     config = make_config(args)
     runtime.set_host_devices(config.devices)
     runtime.join_processes()
-    # Threefry's rounds, compiled for every parameter, would take longer than the step's program.
-    jax.config.update("jax_default_prng_impl", "unsafe_rbg")
     stages = Stages()
     m, t = config.model, config.train
     stages.say(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,9 @@ from jaxmoe.balance import LoadStatistics, no_statistics, update
 from model import Cache, Transformer, token_sharding
 from presets import SettingsError
 from sampling import SamplingConfig, sample
+
+if TYPE_CHECKING:
+    from rebalancing import DecodeBalancer
 
 Weights = tuple[nnx.State, nnx.State]
 """Parameters, and the routers' state, as `split_model` returns them."""
@@ -51,12 +54,14 @@ class Generator:
     """A model's decoding functions, compiled for one batch of prompts.
 
     Rows stop at end-of-text or after max_new_tokens. Steps are made `steps_per_call` at a time, in
-    a loop of fixed length, so that the device asks nobody whether to go on within one. A row that is
-    done goes through the model until the last one is, but is masked out of the experts.
+    a loop of fixed length, so that the device asks nobody whether to go on within one. A row that
+    is done goes through the model until the last one is, but is masked out of the experts.
 
-    `generate` is one program: prefill, then such loops until all rows are done. `stream` is the same
-    in a call for each loop. The state, caches included, is donated to the next call: in both the
-    caches stay where they are, and a step writes one slot of a row.
+    `generate` is one program: prefill, then such loops until all rows are done. `stream` is the
+    same in a call for each loop. The state, caches included, is donated to the next call: in both
+    the caches stay where they are, and a step writes one slot of a row.
+
+    Weights that are sharded over the data axis are gathered for each use.
     """
 
     def __init__(
@@ -70,10 +75,12 @@ class Generator:
         max_new_tokens: int,
         sampling: SamplingConfig,
         steps_per_call: int = 8,
+        balancer: DecodeBalancer | None = None,
     ) -> None:
         """weights: in use from the next call on whenever they are set, for other values too.
 
         prompts: int32 ids, one array per row, not empty. end_of_text: -1 for rows that never stop.
+        balancer: moves experts between calls; for a model that observes its load.
         Raises SettingsError when a prompt and the new tokens do not fit the model's context.
         """
         self.graphdef = graphdef
@@ -83,6 +90,8 @@ class Generator:
         self.max_new_tokens = max_new_tokens
         self.sampling = sampling
         self.steps_per_call = steps_per_call
+        self.balancer = balancer
+        self._gathered = [_gathered(leaf) for leaf in jax.tree.leaves(weights)]
         model = nnx.merge(graphdef, *weights)
         self.config = model.config
         self._observed = [moe.config for moe in model.moe_layers if moe.config.observe_load]
@@ -94,7 +103,7 @@ class Generator:
         self._room = 1 + -(-(max_new_tokens - 1) // steps_per_call) * steps_per_call
         # Fixed, so that what a call returns fits what the next one was compiled for.
         rows, everywhere = token_sharding(mesh), NamedSharding(mesh, PartitionSpec())
-        placed: Any = DecodeState(everywhere, *[rows] * 4, everywhere)  # type: ignore[arg-type]
+        placed: Any = DecodeState(everywhere, *[rows] * 4, everywhere)  # type: ignore
         self._whole = jax.jit(self._generate, out_shardings=placed)
         self._begin = jax.jit(self._prefill, out_shardings=(placed, everywhere))
         self._continue = jax.jit(self._steps, out_shardings=(placed, everywhere), donate_argnums=1)
@@ -128,7 +137,15 @@ class Generator:
         return state, progress
 
     def resume(self, state: DecodeState) -> tuple[DecodeState, Progress]:
-        """`steps_per_call` steps more; uses the state up. Needs `has_room`."""
+        """`steps_per_call` steps more; uses the state up. Needs `has_room`.
+
+        With a balancer, experts may move first, to where the load of the steps so far wants them.
+        """
+        if self.balancer is not None and state.load is not None:
+            # A call makes a look due when it passed a multiple of `every` steps.
+            steps, every = int(state.step) - 1, self.balancer.every
+            if steps // every > max(0, steps - self.steps_per_call) // every:
+                self.weights = self.balancer(self.weights, state.load)
         state, progress = self._continue(self.weights, state)
         return state, progress
 
@@ -140,8 +157,10 @@ class Generator:
         """Compiles what `generate` or `stream` runs, so that their times are of running alone."""
         if streaming:
             state, progress = self.begin()
-            if self.has_room(1):
-                _, progress = self.resume(state)
+            # Twice: on GPUs the first call of a program is not recorded into graphs yet.
+            for _ in range(2):
+                if self.has_room(int(progress.step)):
+                    state, progress = self._continue(self.weights, state)
             jax.block_until_ready(progress)
         else:
             self.generate(1)
@@ -163,7 +182,12 @@ class Generator:
         return runtime.fetch(state.tokens)[: self.num_prompts, :num_tokens]
 
     def _model(self, weights: Any) -> Transformer:
-        return nnx.merge(self.graphdef, *weights)
+        leaves, treedef = jax.tree.flatten(weights)
+        whole = [
+            leaf if to is None else jax.lax.with_sharding_constraint(leaf, to)
+            for leaf, to in zip(leaves, self._gathered, strict=True)
+        ]
+        return nnx.merge(self.graphdef, *jax.tree.unflatten(treedef, whole))
 
     def _generate(self, weights: Any, prompts: Array, lengths: Array, limit: Array) -> DecodeState:
         def going_on(state: DecodeState) -> Array:
@@ -201,9 +225,7 @@ class Generator:
         if not self._observed:
             return None
         config = self._observed[0]
-        return no_statistics(
-            len(self._observed), config.num_held_experts, config.group.num_devices
-        )
+        return no_statistics(len(self._observed), config.num_held_experts, config.group.num_devices)
 
     def _append(self, state: DecodeState, logits: Array) -> DecodeState:
         """Draws and notes the next token of each row."""
@@ -219,9 +241,9 @@ class Generator:
 
     def _steps(self, weights: Any, state: DecodeState) -> tuple[DecodeState, Progress]:
         """`steps_per_call` steps, whether rows are done or not."""
-        model = self._model(weights)
 
         def decode_one(_: Any, state: DecodeState) -> DecodeState:
+            model = self._model(weights)
             token = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
             positions = (state.lengths + state.step - 1)[:, None]
             output = model(
@@ -235,6 +257,15 @@ class Generator:
 
         state = jax.lax.fori_loop(0, self.steps_per_call, decode_one, state)
         return state, Progress(state.step, jnp.all(state.done))
+
+
+def _gathered(leaf: Any) -> NamedSharding | None:
+    """The sharding of a weight in use, if it lies in more parts than that."""
+    sharding = getattr(leaf, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or "data" not in sharding.spec:
+        return None
+    spec = [None if axis == "data" else axis for axis in sharding.spec]
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
 def check_fits(prompts: Sequence[np.ndarray], max_new_tokens: int, context: int) -> None:

@@ -1,4 +1,4 @@
-"""Moves of experts while a run trains: decided from the load, made within the training state."""
+"""Moves of experts while a run trains or decodes: decided from the load, made within its state."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import jaxmoe
 import runtime
 from jaxmoe import balance
-from jaxmoe.balance import Placement
-from training import EXPERT_ARRAYS, Learner, TrainState
+from jaxmoe.balance import LoadStatistics, Placement
+from presets import ModelConfig
+from training import EXPERT_ARRAYS, Learner
 
+# Of eight-bit experts the scales move, too.
+_SLOT_ARRAYS = (*EXPERT_ARRAYS, *(f"{name}_scales" for name in EXPERT_ARRAYS))
 _PLACEMENT_ARRAYS = ("slot_experts", "expert_slots", "expert_counts")
 
 
@@ -46,19 +51,21 @@ class Rebalancer:
     memory for one more layer's experts, and one compiled program for all layers and placements.
     """
 
-    def __init__(self, learner: Learner, mesh: Mesh) -> None:
-        cfg = learner.config.train
-        self.num_devices = learner.group.num_devices
-        self.rule = balance.MoveRule(
-            max_moves=cfg.rebalance_moves,
-            min_gain=cfg.rebalance_min_gain,
-            horizon=cfg.rebalance_every,
-        )
-        paths, self._treedef = jax.tree_util.tree_flatten_with_path(learner.abstract_state)
+    def __init__(
+        self,
+        state: Any,
+        model: ModelConfig,
+        group: jaxmoe.ExpertParallel,
+        rule: balance.MoveRule,
+        mesh: Mesh,
+    ) -> None:
+        """state: arrays, or their shapes and shardings, of what `move` will be given."""
+        self.num_devices = group.num_devices
+        self.rule = rule
+        paths, self._treedef = jax.tree_util.tree_flatten_with_path(state)
         names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
-        model = learner.config.model
         blocks = range(model.num_dense_layers, model.num_layers)
-        self._rows = [_find(names, block, EXPERT_ARRAYS) for block in blocks]
+        self._rows = [_find(names, block, _SLOT_ARRAYS) for block in blocks]
         self._placements = [
             [_find(names, block, (name,))[0] for name in _PLACEMENT_ARRAYS] for block in blocks
         ]
@@ -66,19 +73,30 @@ class Rebalancer:
         rows = [paths[i][1].sharding for i in self._rows[0]]
         arrays = [paths[i][1].sharding for i in self._placements[0]]
         self._migrate = jax.jit(
-            functools.partial(balance.migrate, learner.group, max_moves=cfg.rebalance_moves),
-            # Exactly those of the training step, which would be compiled again for others.
+            functools.partial(balance.migrate, group, max_moves=rule.max_moves),
+            # Exactly those of the state's other user, which would be compiled again for others.
             out_shardings=(rows, Placement(*arrays)),
         )
 
-    def placements(self, state: TrainState) -> list[Placement]:
+    @classmethod
+    def of_training(cls, learner: Learner, mesh: Mesh) -> Rebalancer:
+        """For a learner's states."""
+        cfg = learner.config.train
+        rule = balance.MoveRule(
+            max_moves=cfg.rebalance_moves,
+            min_gain=cfg.rebalance_min_gain,
+            horizon=cfg.rebalance_every,
+        )
+        return cls(learner.abstract_state, learner.config.model, learner.group, rule, mesh)
+
+    def placements(self, state: Any) -> list[Placement]:
         """Where the experts of each MoE layer lie, on the host."""
         leaves = jax.tree.leaves(state)
         return [
             Placement(*(np.asarray(leaves[i]) for i in indices)) for indices in self._placements
         ]
 
-    def decide(self, state: TrainState) -> Plan:
+    def decide(self, state: Any) -> Plan:
         """The moves that pay; the same in all processes, which hold the same statistics."""
         moves: list[Move] = []
         counts, before, after = [], [], []
@@ -93,7 +111,7 @@ class Rebalancer:
                 moves.append(Move(layer, old, new))
         return Plan(moves, counts, before, after)
 
-    def move(self, state: TrainState, move: Move) -> TrainState:
+    def move(self, state: Any, move: Move) -> Any:
         """The state after a move: the same function of tokens, and the same training from there.
 
         The old state stays usable.
@@ -106,11 +124,56 @@ class Rebalancer:
         arrays = (placement.slot_experts, placement.expert_slots, placement.counts)
         for i, leaf in zip([*rows, *held], [*moved, *arrays], strict=True):
             leaves[i] = leaf
-        result: TrainState = jax.block_until_ready(jax.tree.unflatten(self._treedef, leaves))
-        return result
+        return jax.block_until_ready(jax.tree.unflatten(self._treedef, leaves))
 
 
-def host_load(state: TrainState) -> Any:
+class _Held(NamedTuple):
+    """A decoding model as `Rebalancer` sees it."""
+
+    params: nnx.State
+    router: nnx.State
+    load: LoadStatistics | None
+
+
+class DecodeBalancer:
+    """Moves experts between the calls of a decoding loop, where it pays.
+
+    The next call takes the new weights and placements as data: it is the same program.
+    """
+
+    def __init__(
+        self,
+        weights: tuple[nnx.State, nnx.State],
+        model: ModelConfig,
+        group: jaxmoe.ExpertParallel,
+        mesh: Mesh,
+        *,
+        every: int,
+        max_moves: int = 8,
+        min_gain: float = 0.05,
+    ) -> None:
+        """every: steps between two looks at the load. weights: of placed experts."""
+        self.every = every
+        self.num_looks = 0
+        self.num_moves = 0
+        """Slots that got another expert, in all layers and looks."""
+        rule = balance.MoveRule(max_moves=max_moves, min_gain=min_gain, horizon=every)
+        self._rebalancer = Rebalancer(_Held(*weights, None), model, group, rule, mesh)
+
+    def __call__(
+        self, weights: tuple[nnx.State, nnx.State], load: LoadStatistics
+    ) -> tuple[nnx.State, nnx.State]:
+        """The weights to go on with, after a load like this."""
+        plan = self._rebalancer.decide(_Held(*weights, load))
+        state = _Held(*weights, None)
+        for move in plan.moves:
+            state = self._rebalancer.move(state, move)
+        self.num_looks += 1
+        self.num_moves += sum(plan.num_moves)
+        return state.params, state.router
+
+
+def host_load(state: Any) -> Any:
     """The mean observation of a step for each layer, as arrays of the host."""
     assert state.load is not None
     # Fetched first: a process may ask alone, which it could not if the devices computed the mean.

@@ -66,7 +66,7 @@ def train(config: RunConfig) -> Summary:
         transport=config.transport,
     )
     learner = Learner(config, tokenizer.vocab_size, group, mesh)
-    rebalancer = Rebalancer(learner, mesh) if learner.rebalances else None
+    rebalancer = Rebalancer.of_training(learner, mesh) if learner.rebalances else None
     trainer = Trainer(config, learner, rebalancer, corpus, tokenizer.vocab_size)
     try:
         with runtime.StopSignal() as stop:

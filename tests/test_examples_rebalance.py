@@ -73,7 +73,7 @@ def batch(learner: Learner, step: int) -> Any:
 
 def train(config: RunConfig, num_steps: int) -> Run:
     learner, mesh = make_learner(config)
-    rebalancer = Rebalancer(learner, mesh) if learner.rebalances else None
+    rebalancer = Rebalancer.of_training(learner, mesh) if learner.rebalances else None
     state, losses, moves = learner.init(), [], []
     for step in range(1, num_steps + 1):
         state, report = learner.train_step(state, batch(learner, step))
