@@ -135,15 +135,20 @@ class Attention(nnx.Module):
     def _attend(
         self, query: Float[Array, "B S N H"], cache: KVCache, positions: Int32[Array, "B S"]
     ) -> Float[Array, "B S N H"]:
-        """The slots' values, each read once for all queries that share it."""
+        """The slots' values, each read once for all queries that share it.
+
+        The caches are operands of plain products of matrices, which no backend transposes first.
+        """
         cfg = self.config
-        split = (*query.shape[:2], cfg.num_kv_heads, -1, cfg.head_dim)
+        rows, tokens = positions.shape
+        shared = query.reshape(rows, tokens, cfg.num_kv_heads, -1, cfg.head_dim)
+        shared = jnp.moveaxis(shared, 1, 3).reshape(rows, cfg.num_kv_heads, -1, cfg.head_dim)
         scores = jnp.einsum(
-            "bsgqh,bgch->bgqsc",
-            query.reshape(split),
-            cache.keys,
-            preferred_element_type=jnp.float32,
+            "bgmh,bgch->bgmc", shared, cache.keys, preferred_element_type=jnp.float32
         )
-        visible = visible_slots(positions, cache.keys.shape[2])[:, None, None]
+        visible = visible_slots(positions, cache.keys.shape[2])[:, None]
+        visible = jnp.tile(visible, (1, 1, cfg.num_heads // cfg.num_kv_heads, 1))
         weights = softmax(scores * cfg.head_dim**-0.5, visible).astype(query.dtype)
-        return jnp.einsum("bgqsc,bgch->bsgqh", weights, cache.values).reshape(query.shape)
+        y = jnp.matmul(weights, cache.values)
+        y = y.reshape(rows, cfg.num_kv_heads, -1, tokens, cfg.head_dim)
+        return jnp.moveaxis(y, 3, 1).reshape(query.shape)

@@ -1,0 +1,487 @@
+"""Decoding at speed: latent attention, caches in place, meshes, moving experts, times."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from examples_support import EXAMPLES, make_corpus, run
+from flax import nnx
+from test_examples_model import END, VOCAB_SIZE, make_model, naive_greedy, random_tokens
+
+import timing
+from attention import RMSNorm
+from generate import Generator
+from latent_attention import LatentAttention, LatentCache
+from loading import narrow, spread
+from model import Transformer, make_group, split_model
+from presets import PRESETS, ModelConfig, SettingsError
+from rebalancing import DecodeBalancer
+from runtime import make_mesh
+from sampling import SamplingConfig
+from training import with_shardings
+
+GREEDY = SamplingConfig(temperature=0.0)
+CONFIGS = {
+    name: dataclasses.replace(PRESETS[preset].model, dtype="float32")
+    for name, preset in (("grouped", "tiny"), ("latent", "tiny-latent"))
+}
+LATENT = CONFIGS["latent"]
+PROMPT_LENGTHS = (1, 7, 4, 12, 2, 9)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def standard_promotion() -> Iterator[None]:
+    """Optax is not written for strict promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def make_generator(model: Transformer, num_new: int = 20, **options: Any) -> Generator:
+    """Greedy decoding of prompts of different lengths."""
+    graphdef, params, router = split_model(model)
+    return Generator(
+        graphdef,
+        options.pop("weights", (params, router)),
+        [random_tokens(1, length)[0] for length in PROMPT_LENGTHS],
+        mesh=model.mesh,
+        max_new_tokens=num_new,
+        sampling=GREEDY,
+        **{"end_of_text": END, **options},
+    )
+
+
+# Latent attention
+
+
+def latent_attention(config: ModelConfig = LATENT) -> tuple[LatentAttention, Any, Any]:
+    """A layer with scales that are not all one, and random tokens at the first positions."""
+    layer = LatentAttention(config, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(3))
+    for path, module in nnx.iter_modules(layer):
+        if isinstance(module, RMSNorm):
+            noise = jax.random.uniform(jax.random.key(len(path)), module.scale.shape)
+            module.scale[...] = 0.5 + noise
+        elif path and hasattr(module, "kernel"):
+            module.kernel[...] = module.kernel[...] * 10
+    x = jax.random.normal(jax.random.key(4), (2, 9, config.dim))
+    positions = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32), (2, 9))
+    return layer, x, positions
+
+
+def by_the_docstring(layer: LatentAttention, x: np.ndarray) -> np.ndarray:
+    """One row, head and token at a time, in float64."""
+    cfg = layer.config
+    width, turned, rank = cfg.head_dim, cfg.rope_head_dim, cfg.kv_lora_rank
+
+    def of(module: Any) -> np.ndarray:
+        return np.asarray(module.kernel[...], np.float64)
+
+    def norm(module: Any, a: np.ndarray) -> np.ndarray:
+        return a / np.sqrt(np.mean(a**2) + 1e-6) * np.asarray(module.scale[...], np.float64)
+
+    def rope(a: np.ndarray, position: int) -> np.ndarray:
+        angle = position * cfg.rope_theta ** (-np.arange(turned // 2) / (turned // 2))
+        pairs = (a[: turned // 2] + 1j * a[turned // 2 :]) * np.exp(1j * angle)
+        return np.concatenate([pairs.real, pairs.imag])
+
+    y = np.zeros((len(x), cfg.num_heads, width))
+    latents = [norm(layer.latent_norm, (token @ of(layer.down))[:rank]) for token in x]
+    shared = [rope((token @ of(layer.down))[rank:], i) for i, token in enumerate(x)]
+    for i, token in enumerate(x):
+        if layer.query_down is not None:
+            token = norm(layer.query_norm, token @ of(layer.query_down))
+        query = (token @ of(layer.query)).reshape(cfg.num_heads, width + turned)
+        for n in range(cfg.num_heads):
+            head = slice(n * width, (n + 1) * width)
+            still, moved = query[n, :width], rope(query[n, width:], i)
+            scores = np.array(
+                [
+                    still @ (latents[j] @ of(layer.key_up)[:, head]) + moved @ shared[j]
+                    for j in range(i + 1)
+                ]
+            )
+            weights = np.exp(scores / np.sqrt(width + turned))
+            weights /= weights.sum()
+            y[i, n] = sum(
+                w * (latents[j] @ of(layer.value_up)[:, head]) for j, w in enumerate(weights)
+            )
+    return y.reshape(len(x), -1) @ of(layer.out)
+
+
+@pytest.mark.parametrize("query_rank", [None, 24])
+def test_latent_attention_is_what_its_docstring_says(query_rank: int | None) -> None:
+    layer, x, positions = latent_attention(dataclasses.replace(LATENT, query_lora_rank=query_rank))
+    y, cache = layer(x, positions)
+    assert cache is None
+    want = np.stack([by_the_docstring(layer, np.asarray(row, np.float64)) for row in x])
+    assert np.abs(want).max() > 0.5
+    np.testing.assert_allclose(y, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_at_once", [1, 3])
+def test_absorbed_attention_equals_the_plain_one(num_at_once: int) -> None:
+    layer, x, positions = latent_attention()
+    plain, _ = layer(x, positions)
+    # Slots after a token may hold anything.
+    cache: Any = LatentCache(layer.empty_cache(2, 12).entries + 7)
+    for start in range(0, 9, num_at_once):
+        at = slice(start, start + num_at_once)
+        y, cache = layer(x[:, at], positions[:, at], cache)
+        # Rounding of sums in another order.
+        np.testing.assert_allclose(y, plain[:, at], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(cache.entries[:, 9:], 7)
+
+
+def test_a_latent_cache_is_small() -> None:
+    config = PRESETS["decode-gpu"].model
+    group = make_group(config, make_mesh(1, 1), max_tokens=1, transport="xla")
+    model = nnx.eval_shape(lambda: Transformer(config, VOCAB_SIZE, group, rngs=nnx.Rngs(0)))
+    (cache,) = set(jax.eval_shape(lambda: model.empty_caches(3, 100)))
+    assert cache.entries.shape == (3, 100, 512 + 64)
+    grouped = dataclasses.replace(config, attention="grouped")
+    assert 2 * grouped.num_kv_heads * grouped.head_dim == 1024
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rope_head_dim": 7}, r"rope_head_dim \(7\) must be even"),
+        ({"rope_head_dim": 0}, r"rope_head_dim \(0\) must be at least 1"),
+        ({"kv_lora_rank": 0}, r"kv_lora_rank \(0\) must be at least 1"),
+        ({"query_lora_rank": 0}, r"query_lora_rank \(0\) must be at least 1"),
+    ],
+)
+def test_bad_latent_models_are_errors(options: dict[str, int], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        dataclasses.replace(LATENT, **options)
+
+
+# The loop
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_fresh_cache_gives_what_an_empty_one_does(name: str) -> None:
+    model = make_model(CONFIGS[name], num_devices=2)
+    tokens = jnp.asarray(random_tokens(2, 7))
+    outputs = [
+        nnx.jit(lambda m, t, fresh=fresh: m(t, caches=m.empty_caches(2, 9), fresh=fresh))(
+            model, tokens
+        )
+        for fresh in (True, False)
+    ]
+    for fresh, empty in zip(*map(jax.tree.leaves, outputs), strict=True):
+        np.testing.assert_allclose(fresh, empty, rtol=1e-4, atol=1e-5)
+    last = nnx.jit(lambda m, t: m(t, last=jnp.array([2, 6])).logits)(model, tokens)
+    whole = np.asarray(outputs[0].logits)
+    np.testing.assert_allclose(last[:, 0], whole[[0, 1], [2, 6]], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_all_numbers_of_devices_give_the_same_tokens(name: str) -> None:
+    num_new = 20
+    single = make_model(CONFIGS[name], num_devices=1)
+    prompts = [random_tokens(1, length)[0] for length in PROMPT_LENGTHS]
+    expected = [naive_greedy(single, prompt, num_new) for prompt in prompts]
+    assert len({token for row in expected for token in row}) > 5
+    for num_devices in (1, 2, 8):
+        model = make_model(CONFIGS[name], num_devices)
+        generator = make_generator(model, num_new)
+        assert generator.generate().tolist() == expected, num_devices
+    # Loops that end beyond the last token, and on it.
+    for steps in (1, 7, 19):
+        generator = make_generator(model, num_new, steps_per_call=steps)
+        streamed = list(generator.stream())
+        assert [s.shape[1] for s in streamed[:2]] == [1, 1 + steps]
+        assert streamed[-1].tolist() == expected, steps
+    assert generator.generate(1)[:, 0].tolist() == [row[0] for row in expected]
+
+
+@pytest.mark.parametrize("data_parallel", [2, 8])
+def test_weights_over_the_data_axis_give_the_same_tokens(data_parallel: int) -> None:
+    """The experts are spread over the other axis; the weights are copied or cut over this one."""
+    expected = make_generator(make_model(LATENT, 1)).generate()
+    mesh = make_mesh(8, data_parallel)
+    group = make_group(LATENT, mesh, max_tokens=64)
+    model = Transformer(LATENT, VOCAB_SIZE, group, rngs=nnx.Rngs(0))
+    graphdef, *abstract = split_model(nnx.eval_shape(lambda: model))
+    values = [np.asarray(a) for a in jax.tree.leaves(split_model(make_model(LATENT, 1))[1:])]
+    placed = with_shardings(tuple(abstract), mesh)
+    for shardings in (placed, spread(placed, mesh)):
+        leaves, treedef = jax.tree.flatten(shardings)
+        weights = jax.tree.unflatten(
+            treedef, [jax.device_put(a, to.sharding) for a, to in zip(values, leaves, strict=True)]
+        )
+        generator = make_generator(nnx.merge(graphdef, *weights))
+        np.testing.assert_array_equal(generator.generate(), expected)
+    moe = nnx.merge(graphdef, *weights).moe_layers[0]
+    assert {"data", "expert"} <= set(moe.gate[...].sharding.spec)
+    shard = moe.shared_gate[...].addressable_shards[0].data
+    assert shard.size * data_parallel == moe.shared_gate[...].size
+
+
+def test_narrow_weights_are_what_the_model_computes_with() -> None:
+    """In bfloat16 the same bits as from wide parameters."""
+    config = dataclasses.replace(LATENT, dtype="bfloat16")
+    model = make_model(config, num_devices=2)
+    graphdef, params, router = split_model(model)
+    wide = make_generator(model)
+    small = make_generator(model, weights=(narrow(params, jnp.bfloat16), router))
+    logits = [
+        nnx.jit(lambda m, t: m(t).logits)(nnx.merge(graphdef, *g.weights), random_tokens(2, 9))
+        for g in (wide, small)
+    ]
+    np.testing.assert_array_equal(*logits)
+    np.testing.assert_array_equal(small.generate(), wide.generate())
+    sizes = [sum(a.nbytes for a in jax.tree.leaves(g.weights)) for g in (wide, small)]
+    assert sizes[1] < 0.52 * sizes[0]
+
+
+# The compiled program
+
+
+def cache_copies(hlo: str, shape: tuple[int, ...]) -> list[str]:
+    """Instructions of loops that write a whole array of a cache's sizes, in any order, anew."""
+    lines: dict[str, list[str]] = {}
+    for line in hlo.splitlines():
+        if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            lines[head[1]] = current = []
+        elif lines:
+            current.append(line.strip())
+    waiting = re.findall(r"body=%?([\w.\-]+)", hlo)
+    inside: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name in lines and name not in inside:
+            inside.add(name)
+            waiting += re.findall(r"%?([\w.\-]+)", " ".join(_called(lines[name])))
+    wanted = sorted(size for size in shape if size != 1)
+    found = []
+    for line in (line for name in inside for line in lines[name]):
+        made = re.search(r"= \w+\[([\d,]+)\]\S* (copy|copy-start|transpose|pad)\(", line)
+        if made and sorted(int(n) for n in made[1].split(",") if n != "1") == wanted:
+            found.append(line[:150])
+    return found
+
+
+def _called(lines: list[str]) -> list[str]:
+    """The computations that instructions call."""
+    pattern = r"(?:calls|to_apply|body|condition|branch_computations)=(\{[^}]*\}|[\w.%\-]+)"
+    return [name for line in lines for name in re.findall(pattern, line)]
+
+
+def cache_shape(generator: Generator) -> tuple[int, ...]:
+    """Of one device's part of one array of a cache."""
+    state, _ = jax.eval_shape(generator.begin)
+    shape = state.caches[0][0].shape
+    return (shape[0] // generator.mesh.size, *shape[1:])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_caches_are_never_copied(name: str) -> None:
+    config = dataclasses.replace(CONFIGS[name], context=512, num_heads=4, num_kv_heads=2)
+    generator = make_generator(make_model(config, num_devices=2), num_new=400)
+    shape = cache_shape(generator)
+    whole, steps = generator.lower().compile(), generator.lower_continue().compile()
+    for program in (whole, steps):
+        hlo = program.as_text()
+        assert f"[{','.join(map(str, shape))}]" in hlo
+        assert cache_copies(hlo, shape) == []
+    # The step's program returns the buffers of the state that it was given.
+    state, _ = jax.eval_shape(generator.begin)
+    caches = jax.tree.leaves(state.caches)
+    cache_bytes = sum(a.size * a.dtype.itemsize for a in caches) // generator.mesh.size
+    memory = steps.memory_analysis()
+    assert memory.alias_size_in_bytes >= cache_bytes
+    aliased = re.search(r"input_output_alias=\{(.*?) \}, entry", steps.as_text())
+    assert aliased and aliased[1].count("-alias") >= len(caches)
+    # Nor is there room for another copy of them.
+    assert memory.temp_size_in_bytes < cache_bytes
+    begun, _ = generator.begin()
+    generator.resume(begun)
+    assert all(a.is_deleted() for a in jax.tree.leaves(begun.caches))
+
+
+def test_a_copy_of_the_cache_would_be_seen() -> None:
+    """A loop that still reads the old cache after writing makes a copy in each step."""
+
+    def step(_: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        cache, total = carry
+        new = cache.at[:, 3].set(total)
+        return new, total + jnp.sum(jnp.sin(new) * jnp.cos(cache[::-1]))
+
+    def loop(cache: Any) -> Any:
+        return jax.lax.fori_loop(0, 5, step, (cache, jnp.float32(1)))
+
+    hlo = jax.jit(loop, donate_argnums=0).lower(jnp.zeros((3, 8, 5))).compile().as_text()
+    assert cache_copies(hlo, (3, 8, 5))
+    assert not cache_copies(hlo, (3, 8, 6))
+
+
+# Moving experts
+
+
+def test_moves_in_the_loop_change_no_token() -> None:
+    config = dataclasses.replace(LATENT, redundant_experts=8)
+    generators = []
+    for every in (None, 3):
+        mesh = make_mesh(4, 1)
+        group = make_group(config, mesh, max_tokens=64)
+        model = Transformer(config, VOCAB_SIZE, group, observe_load=True, rngs=nnx.Rngs(0))
+        graphdef, params, router = split_model(model)
+        everywhere = jax.tree.map(
+            lambda value, to: jax.device_put(value, to.sharding),
+            (params, router),
+            with_shardings((params, router), mesh),
+        )
+        balancer = None
+        if every is not None:
+            balancer = DecodeBalancer(everywhere, config, group, mesh, every=every, min_gain=0.01)
+        generators.append(
+            make_generator(
+                nnx.merge(graphdef, *everywhere),
+                weights=everywhere,
+                steps_per_call=3,
+                balancer=balancer,
+                end_of_text=-1,
+            )
+        )
+    still, moving = generators
+    *_, expected = still.stream()
+    first = moving.weights
+    *_, tokens = moving.stream()
+    assert moving.balancer is not None
+    assert moving.balancer.num_looks == 6
+    assert moving.balancer.num_moves > 0
+    np.testing.assert_array_equal(tokens, expected)
+    assert moving._continue._cache_size() == 1
+    # The model with its experts elsewhere is the same function, up to the order of sums.
+    models = [nnx.merge(moving.graphdef, *weights) for weights in (first, moving.weights)]
+    slots = [[np.asarray(moe.slot_experts[...]) for moe in m.moe_layers] for m in models]
+    assert not np.array_equal(*slots)
+    logits = [nnx.jit(lambda m, t: m(t).logits)(m, random_tokens(4, 9)) for m in models]
+    np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-6)
+
+
+# Times
+
+
+def test_times_are_those_of_the_calls() -> None:
+    tokens = np.array([[5, 6, 9, 9, 9], [5, 6, 7, 8, 5]], np.int32)
+    assert timing.count_new(tokens, end_of_text=9) == 3 + 5
+    times = timing.Times(
+        tokens=tokens,
+        num_tokens=6,
+        num_prompt_tokens=8,
+        num_devices=2,
+        first_token=0.5,
+        step=[0.01, 0.02, 0.03],
+        steps_per_call=4,
+    )
+    assert times.tokens_per_second == pytest.approx(6 / 0.24)
+    assert times.latency(50) == pytest.approx(0.02)
+    report = times.as_json()
+    assert report["tokens_per_second_per_device"] == pytest.approx(3 / 0.24)
+    assert report["token_p99_us"] == pytest.approx(29800)
+    assert report["time_to_first_token_us"] == pytest.approx(500_000)
+    assert "p50 20.000 ms, p99 29.800 ms a token, over 3 calls of 4 steps" in times.describe()
+    assert "(16 tokens/s)" in times.describe()
+
+
+def test_measuring_decodes() -> None:
+    generator = make_generator(make_model(LATENT, num_devices=2), steps_per_call=4)
+    generator.warm_up(streaming=True)
+    times = timing.measure(generator)
+    np.testing.assert_array_equal(times.tokens, generator.generate())
+    assert 1 <= len(times.step) <= 5
+    assert times.num_tokens == timing.count_new(times.tokens, END) - len(PROMPT_LENGTHS)
+    assert generator._continue._cache_size() == 1
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds the compiled programs, and one finished run in full/."""
+    folder = tmp_path_factory.mktemp("decode")
+    make_corpus(folder / "code")
+    options = ("--data", folder / "code", "--run-dir", folder / "full", "--train.steps", 4)
+    run("pretrain.py", "--preset", "tiny-latent", *options, cache=folder / "cache")
+    return folder
+
+
+def decode(folder: Path, *options: object, status: int = 0) -> str:
+    prompts = ("--prompt", "def f", "--prompt", "x", "--temperature", 0, "--max-new-tokens", 10)
+    return run(
+        "decode.py", folder / "full", *prompts, *options, cache=folder / "cache", status=status
+    )
+
+
+def test_figures_and_traces_are_written(folder: Path) -> None:
+    paths = ("--json", folder / "times.json", "--profile", folder / "trace")
+    text, speed = decode(folder, *paths, "--steps-per-call", 3).split("prefill: ")
+    assert "\ndef f" in text
+    report = json.loads((folder / "times.json").read_text())
+    assert (report["num_rows"], report["num_devices"], report["num_calls"]) == (2, 8, 3)
+    assert report["token_p99_us"] >= report["token_p50_us"] > 0
+    assert f"p50 {report['token_p50_us'] / 1e3:.3f} ms" in speed
+    assert list((folder / "trace").rglob("*.xplane.pb"))
+
+
+def test_experts_that_move_write_the_same_text(folder: Path) -> None:
+    text = decode(folder).split("prefill: ")[0]
+    slots = ("--redundant-experts", 8, "--rebalance-every", 2, "--steps-per-call", 2)
+    moved, speed = decode(folder, *slots).split("prefill: ")
+    assert moved == text
+    moves = re.search(r"balance: (\d+) moves of experts in (\d+) looks", speed)
+    assert moves and int(moves[1]) > 0
+    other_mesh = ("--devices", 4, "--data-parallel", 2, "--shard-weights")
+    assert decode(folder, *other_mesh).split("prefill: ")[0] == text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rebalance-every", 4], "needs slots that experts can move among"),
+        (["--steps-per-call", 0], "steps_per_call (0) must be at least 1"),
+        (["--rebalance-every", -1], "rebalance_every (-1) must be at least 0"),
+        (["--max-new-tokens", 0], "max_new_tokens (0) must be at least 1"),
+        (["--data-parallel", 3], "data_parallel (3) must divide the 8 devices"),
+        (["--redundant-experts", 3], "must be divisible by the 8 devices"),
+    ],
+)
+def test_bad_options_are_errors(folder: Path, options: list[object], message: str) -> None:
+    output = decode(folder, *options, status=2)
+    assert message in re.sub(r"[\s│]+", " ", output)
+    assert "Traceback" not in output
+
+
+def test_the_benchmark_runs() -> None:
+    """Two transports, the same tokens; it has no options that only GPUs understand."""
+    script = EXAMPLES.parent / "benchmarks/decode_loop.py"
+    output = run(
+        str(script),
+        *("--layers", 1, "--dim", 32, "--expert-hidden-dim", 16, "--batch", 2, "--steps", 4),
+        *(
+            "--steps-per-call",
+            2,
+            "--repeats",
+            1,
+            "--prompt-length",
+            3,
+            "--transports",
+            "cpu",
+            "xla",
+        ),
+        cache=Path("/nonexistent"),
+    )
+    assert re.search(r"cpu +[\d,]+ tokens/s, \d+\.\d\d x xla; 100.0% of the tokens", output)
+    assert "cpu: compile the steps: " in output
