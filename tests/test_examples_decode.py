@@ -1,4 +1,4 @@
-"""Decoding at speed: latent attention, caches in place, meshes, moving experts, times."""
+"""Decoding: the loop, meshes, moving experts, times, and what the command writes."""
 
 from __future__ import annotations
 
@@ -7,161 +7,41 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoding import (
+    CONFIGS,
+    END,
+    PROMPT_LENGTHS,
+    VOCAB_SIZE,
+    make_generator,
+    make_model,
+    naive_greedy,
+    random_tokens,
+)
 from examples_support import EXAMPLES, make_corpus, run
 from flax import nnx
-from test_examples_model import END, VOCAB_SIZE, make_model, naive_greedy, random_tokens
 
 import timing
-from attention import RMSNorm
-from generate import Generator
-from latent_attention import LatentAttention, LatentCache
 from loading import narrow, spread
 from model import Transformer, make_group, split_model
-from presets import PRESETS, ModelConfig, SettingsError
 from rebalancing import DecodeBalancer
 from runtime import make_mesh
-from sampling import SamplingConfig
 from training import with_shardings
 
-GREEDY = SamplingConfig(temperature=0.0)
-CONFIGS = {
-    name: dataclasses.replace(PRESETS[preset].model, dtype="float32")
-    for name, preset in (("grouped", "tiny"), ("latent", "tiny-latent"))
-}
 LATENT = CONFIGS["latent"]
-PROMPT_LENGTHS = (1, 7, 4, 12, 2, 9)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def standard_promotion() -> Iterator[None]:
-    """Optax is not written for strict promotion."""
+def quick_compiler() -> Iterator[None]:
+    """Compiling takes longer here than running. Optax is not written for strict promotion."""
+    jax.config.update("jax_disable_most_optimizations", True)
     with jax.numpy_dtype_promotion("standard"):
         yield
-
-
-def make_generator(model: Transformer, num_new: int = 20, **options: Any) -> Generator:
-    """Greedy decoding of prompts of different lengths."""
-    graphdef, params, router = split_model(model)
-    return Generator(
-        graphdef,
-        options.pop("weights", (params, router)),
-        [random_tokens(1, length)[0] for length in PROMPT_LENGTHS],
-        mesh=model.mesh,
-        max_new_tokens=num_new,
-        sampling=GREEDY,
-        **{"end_of_text": END, **options},
-    )
-
-
-# Latent attention
-
-
-def latent_attention(config: ModelConfig = LATENT) -> tuple[LatentAttention, Any, Any]:
-    """A layer with scales that are not all one, and random tokens at the first positions."""
-    layer = LatentAttention(config, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(3))
-    for path, module in nnx.iter_modules(layer):
-        if isinstance(module, RMSNorm):
-            noise = jax.random.uniform(jax.random.key(len(path)), module.scale.shape)
-            module.scale[...] = 0.5 + noise
-        elif path and hasattr(module, "kernel"):
-            module.kernel[...] = module.kernel[...] * 10
-    x = jax.random.normal(jax.random.key(4), (2, 9, config.dim))
-    positions = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32), (2, 9))
-    return layer, x, positions
-
-
-def by_the_docstring(layer: LatentAttention, x: np.ndarray) -> np.ndarray:
-    """One row, head and token at a time, in float64."""
-    cfg = layer.config
-    width, turned, rank = cfg.head_dim, cfg.rope_head_dim, cfg.kv_lora_rank
-
-    def of(module: Any) -> np.ndarray:
-        return np.asarray(module.kernel[...], np.float64)
-
-    def norm(module: Any, a: np.ndarray) -> np.ndarray:
-        return a / np.sqrt(np.mean(a**2) + 1e-6) * np.asarray(module.scale[...], np.float64)
-
-    def rope(a: np.ndarray, position: int) -> np.ndarray:
-        angle = position * cfg.rope_theta ** (-np.arange(turned // 2) / (turned // 2))
-        pairs = (a[: turned // 2] + 1j * a[turned // 2 :]) * np.exp(1j * angle)
-        return np.concatenate([pairs.real, pairs.imag])
-
-    y = np.zeros((len(x), cfg.num_heads, width))
-    latents = [norm(layer.latent_norm, (token @ of(layer.down))[:rank]) for token in x]
-    shared = [rope((token @ of(layer.down))[rank:], i) for i, token in enumerate(x)]
-    for i, token in enumerate(x):
-        if layer.query_down is not None:
-            token = norm(layer.query_norm, token @ of(layer.query_down))
-        query = (token @ of(layer.query)).reshape(cfg.num_heads, width + turned)
-        for n in range(cfg.num_heads):
-            head = slice(n * width, (n + 1) * width)
-            still, moved = query[n, :width], rope(query[n, width:], i)
-            scores = np.array(
-                [
-                    still @ (latents[j] @ of(layer.key_up)[:, head]) + moved @ shared[j]
-                    for j in range(i + 1)
-                ]
-            )
-            weights = np.exp(scores / np.sqrt(width + turned))
-            weights /= weights.sum()
-            y[i, n] = sum(
-                w * (latents[j] @ of(layer.value_up)[:, head]) for j, w in enumerate(weights)
-            )
-    return y.reshape(len(x), -1) @ of(layer.out)
-
-
-@pytest.mark.parametrize("query_rank", [None, 24])
-def test_latent_attention_is_what_its_docstring_says(query_rank: int | None) -> None:
-    layer, x, positions = latent_attention(dataclasses.replace(LATENT, query_lora_rank=query_rank))
-    y, cache = layer(x, positions)
-    assert cache is None
-    want = np.stack([by_the_docstring(layer, np.asarray(row, np.float64)) for row in x])
-    assert np.abs(want).max() > 0.5
-    np.testing.assert_allclose(y, want, atol=1e-5)
-
-
-@pytest.mark.parametrize("num_at_once", [1, 3])
-def test_absorbed_attention_equals_the_plain_one(num_at_once: int) -> None:
-    layer, x, positions = latent_attention()
-    plain, _ = layer(x, positions)
-    # Slots after a token may hold anything.
-    cache: Any = LatentCache(layer.empty_cache(2, 12).entries + 7)
-    for start in range(0, 9, num_at_once):
-        at = slice(start, start + num_at_once)
-        y, cache = layer(x[:, at], positions[:, at], cache)
-        # Rounding of sums in another order.
-        np.testing.assert_allclose(y, plain[:, at], rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(cache.entries[:, 9:], 7)
-
-
-def test_a_latent_cache_is_small() -> None:
-    config = PRESETS["decode-gpu"].model
-    group = make_group(config, make_mesh(1, 1), max_tokens=1, transport="xla")
-    model = nnx.eval_shape(lambda: Transformer(config, VOCAB_SIZE, group, rngs=nnx.Rngs(0)))
-    (cache,) = set(jax.eval_shape(lambda: model.empty_caches(3, 100)))
-    assert cache.entries.shape == (3, 100, 512 + 64)
-    grouped = dataclasses.replace(config, attention="grouped")
-    assert 2 * grouped.num_kv_heads * grouped.head_dim == 1024
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"rope_head_dim": 7}, r"rope_head_dim \(7\) must be even"),
-        ({"rope_head_dim": 0}, r"rope_head_dim \(0\) must be at least 1"),
-        ({"kv_lora_rank": 0}, r"kv_lora_rank \(0\) must be at least 1"),
-        ({"query_lora_rank": 0}, r"query_lora_rank \(0\) must be at least 1"),
-    ],
-)
-def test_bad_latent_models_are_errors(options: dict[str, int], message: str) -> None:
-    with pytest.raises(SettingsError, match=message):
-        dataclasses.replace(LATENT, **options)
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 # The loop
@@ -242,87 +122,6 @@ def test_narrow_weights_are_what_the_model_computes_with() -> None:
     np.testing.assert_array_equal(small.generate(), wide.generate())
     sizes = [sum(a.nbytes for a in jax.tree.leaves(g.weights)) for g in (wide, small)]
     assert sizes[1] < 0.52 * sizes[0]
-
-
-# The compiled program
-
-
-def cache_copies(hlo: str, shape: tuple[int, ...]) -> list[str]:
-    """Instructions of loops that write a whole array of a cache's sizes, in any order, anew."""
-    lines: dict[str, list[str]] = {}
-    for line in hlo.splitlines():
-        if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            lines[head[1]] = current = []
-        elif lines:
-            current.append(line.strip())
-    waiting = re.findall(r"body=%?([\w.\-]+)", hlo)
-    inside: set[str] = set()
-    while waiting:
-        name = waiting.pop()
-        if name in lines and name not in inside:
-            inside.add(name)
-            waiting += re.findall(r"%?([\w.\-]+)", " ".join(_called(lines[name])))
-    wanted = sorted(size for size in shape if size != 1)
-    found = []
-    for line in (line for name in inside for line in lines[name]):
-        made = re.search(r"= \w+\[([\d,]+)\]\S* (copy|copy-start|transpose|pad)\(", line)
-        if made and sorted(int(n) for n in made[1].split(",") if n != "1") == wanted:
-            found.append(line[:150])
-    return found
-
-
-def _called(lines: list[str]) -> list[str]:
-    """The computations that instructions call."""
-    pattern = r"(?:calls|to_apply|body|condition|branch_computations)=(\{[^}]*\}|[\w.%\-]+)"
-    return [name for line in lines for name in re.findall(pattern, line)]
-
-
-def cache_shape(generator: Generator) -> tuple[int, ...]:
-    """Of one device's part of one array of a cache."""
-    state, _ = jax.eval_shape(generator.begin)
-    shape = state.caches[0][0].shape
-    return (shape[0] // generator.mesh.size, *shape[1:])
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_the_caches_are_never_copied(name: str) -> None:
-    config = dataclasses.replace(CONFIGS[name], context=512, num_heads=4, num_kv_heads=2)
-    generator = make_generator(make_model(config, num_devices=2), num_new=400)
-    shape = cache_shape(generator)
-    whole, steps = generator.lower().compile(), generator.lower_continue().compile()
-    for program in (whole, steps):
-        hlo = program.as_text()
-        assert f"[{','.join(map(str, shape))}]" in hlo
-        assert cache_copies(hlo, shape) == []
-    # The step's program returns the buffers of the state that it was given.
-    state, _ = jax.eval_shape(generator.begin)
-    caches = jax.tree.leaves(state.caches)
-    cache_bytes = sum(a.size * a.dtype.itemsize for a in caches) // generator.mesh.size
-    memory = steps.memory_analysis()
-    assert memory.alias_size_in_bytes >= cache_bytes
-    aliased = re.search(r"input_output_alias=\{(.*?) \}, entry", steps.as_text())
-    assert aliased and aliased[1].count("-alias") >= len(caches)
-    # Nor is there room for another copy of them.
-    assert memory.temp_size_in_bytes < cache_bytes
-    begun, _ = generator.begin()
-    generator.resume(begun)
-    assert all(a.is_deleted() for a in jax.tree.leaves(begun.caches))
-
-
-def test_a_copy_of_the_cache_would_be_seen() -> None:
-    """A loop that still reads the old cache after writing makes a copy in each step."""
-
-    def step(_: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-        cache, total = carry
-        new = cache.at[:, 3].set(total)
-        return new, total + jnp.sum(jnp.sin(new) * jnp.cos(cache[::-1]))
-
-    def loop(cache: Any) -> Any:
-        return jax.lax.fori_loop(0, 5, step, (cache, jnp.float32(1)))
-
-    hlo = jax.jit(loop, donate_argnums=0).lower(jnp.zeros((3, 8, 5))).compile().as_text()
-    assert cache_copies(hlo, (3, 8, 5))
-    assert not cache_copies(hlo, (3, 8, 6))
 
 
 # Moving experts

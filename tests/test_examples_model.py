@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from examples_support import ROOT  # noqa: F401  (puts examples/ on the path)
+from decoding import END, VOCAB_SIZE, make_model, random_tokens
 from flax import nnx
 from test_compiled import STRAY, collectives, targets
 
@@ -21,8 +21,7 @@ from sampling import SamplingConfig, allowed, sample
 from training import make_optimizer, make_schedule
 
 CONFIG = dataclasses.replace(PRESETS["tiny"].model, dtype="float32")
-VOCAB_SIZE = 61
-END = VOCAB_SIZE - 1
+LATENT = dataclasses.replace(PRESETS["tiny-latent"].model, dtype="float32")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,23 +31,8 @@ def standard_promotion() -> Iterator[None]:
         yield
 
 
-def make_model(config: ModelConfig, num_devices: int, num_tokens: int = 4096) -> Transformer:
-    """A model of random weights that are large enough for its texts to vary."""
-    mesh = make_mesh(num_devices, data_parallel=1)
-    group = make_group(config, mesh, max_tokens=num_tokens)
-    model = Transformer(config, VOCAB_SIZE, group, rngs=nnx.Rngs(0))
-    graphdef, params, router = split_model(model)
-    noise = np.random.default_rng(0)
-    params = jax.tree.map(lambda p: p + 0.2 * noise.standard_normal(p.shape, np.float32), params)
-    return nnx.merge(graphdef, params, router)
-
-
 def logits_of(model: Transformer, tokens: np.ndarray, **options: Any) -> np.ndarray:
     return np.asarray(nnx.jit(lambda m, t: m(t, **options).logits)(model, jnp.asarray(tokens)))
-
-
-def random_tokens(rows: int, length: int) -> np.ndarray:
-    return np.random.default_rng(1).integers(0, VOCAB_SIZE, (rows, length), dtype=np.int32)
 
 
 def test_rope_depends_on_distance_alone() -> None:
@@ -66,8 +50,12 @@ def test_rope_depends_on_distance_alone() -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [CONFIG, dataclasses.replace(CONFIG, tie_embeddings=False, num_kv_heads=2, num_dense_layers=0)],
-    ids=["tied", "untied"],
+    [
+        CONFIG,
+        dataclasses.replace(CONFIG, tie_embeddings=False, num_kv_heads=2, num_dense_layers=0),
+        LATENT,
+    ],
+    ids=["tied", "untied", "latent"],
 )
 def test_no_token_sees_a_later_one(config: ModelConfig) -> None:
     model = make_model(config, num_devices=1)
@@ -81,8 +69,9 @@ def test_no_token_sees_a_later_one(config: ModelConfig) -> None:
     assert np.abs(after[:, 8:] - before[:, 8:]).max() > 0.1
 
 
-def test_cached_calls_equal_the_whole() -> None:
-    model = make_model(CONFIG, num_devices=2)
+@pytest.mark.parametrize("config", [CONFIG, LATENT], ids=["grouped", "latent"])
+def test_cached_calls_equal_the_whole(config: ModelConfig) -> None:
+    model = make_model(config, num_devices=2)
     tokens = random_tokens(2, 12)
     whole = logits_of(model, tokens)
     caches = model.empty_caches(2, 16)
@@ -109,39 +98,6 @@ def test_remat_changes_no_gradient() -> None:
         grads.append(jax.tree.leaves(jax.jit(jax.grad(loss))(params)))
     for kept, computed_again in zip(*grads, strict=True):
         np.testing.assert_allclose(computed_again, kept, rtol=1e-4, atol=1e-6)
-
-
-@nnx.jit
-def run_whole(model: Transformer, tokens: jax.Array) -> jax.Array:
-    return model(tokens).logits
-
-
-def naive_greedy(model: Transformer, prompt: np.ndarray, num_new: int) -> list[int]:
-    """Greedy decoding by running the whole text again for every token."""
-    text = np.zeros((1, CONFIG.context), np.int32)
-    text[0, : len(prompt)] = prompt
-    new: list[int] = []
-    for i in range(num_new):
-        # What stands behind the last token cannot be seen by it.
-        logits = run_whole(model, jnp.asarray(text))[0, len(prompt) + i - 1]
-        new.append(int(jnp.argmax(logits)))
-        if new[-1] == END:
-            return new + [END] * (num_new - len(new))
-        text[0, len(prompt) + i] = new[-1]
-    return new
-
-
-def test_greedy_decoding_equals_the_naive_one() -> None:
-    num_new = 20
-    prompts = [random_tokens(1, length)[0] for length in (1, 7, 4, 12, 2, 9)]
-    single = make_model(CONFIG, num_devices=1)
-    expected = [naive_greedy(single, prompt, num_new) for prompt in prompts]
-    assert len({token for row in expected for token in row}) > 5
-    for model in (make_model(CONFIG, num_devices=4), single):
-        generator = _generator(model, prompts, num_new, SamplingConfig(temperature=0.0))
-        assert generator.generate().tolist() == expected
-    *_, streamed = generator.stream()
-    assert streamed.tolist() == expected
 
 
 def _generator(

@@ -18,8 +18,9 @@ from flax import nnx
 
 import runtime
 from checkpoint import Checkpoints, Position, read_config, write_config
-from decode import DecodeConfig, load_generator
+from decode import DecodeConfig
 from generate import Generator
+from loading import load_generator
 from model import Transformer, make_group, split_model
 from presets import PRESETS, ModelConfig, RunConfig, SettingsError, from_json, to_json
 from rebalancing import Rebalancer

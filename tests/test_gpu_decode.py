@@ -1,0 +1,63 @@
+"""The decoding loop on GPUs: recorded in command buffers, the caches in place, the right tokens."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import processes
+import pytest
+from decoding import captured
+
+pytestmark = [pytest.mark.gpu, pytest.mark.multiprocess, pytest.mark.timeout(300)]
+
+SECONDS = float(os.environ.get("JAXMOE_TEST_SECONDS", "240"))  # that a launch may take
+
+
+@pytest.fixture(scope="module", autouse=True)
+def num_gpus() -> int:
+    """The GPUs of this machine; skips without any, fails where more are required."""
+    # The processes of a launch need the memory: JAX must not take it here.
+    listed = subprocess.run("nvidia-smi -L", shell=True, capture_output=True, text=True).stdout
+    count, wanted = listed.count("UUID: GPU"), int(os.environ.get("JAXMOE_REQUIRE_GPUS", "0"))
+    if count < wanted:
+        pytest.fail(f"JAXMOE_REQUIRE_GPUS={wanted}, but nvidia-smi lists {count} GPUs")
+    if count == 0:
+        pytest.skip("needs a GPU, nvidia-smi lists none")
+    return count
+
+
+@pytest.mark.parametrize("num", [1, 2], ids=["p2p", "nvshmem"])
+def test_the_step_is_recorded_in_command_buffers(tmp_path: Path, num_gpus: int, num: int) -> None:
+    """Each of our calls lies in one, and a thousand replays give the tokens of "xla"."""
+    if num > num_gpus:
+        pytest.skip(f"needs {num} GPUs")
+    names, dump = tmp_path / "names", tmp_path / "dump"
+    variables = {
+        "JAXMOE_TEST_TRANSPORT": "p2p" if num == 1 else "nvshmem",
+        "XLA_FLAGS": f"--xla_dump_to={dump} --xla_dump_hlo_as_text "
+        "--xla_dump_hlo_module_re=.*_steps.*",
+    }
+    gpus = [None] if num == 1 else list(range(num))
+    with processes.Launch(
+        "decode", num, 1, "1024", str(names), gpus=gpus, environment=variables
+    ) as started:
+        started.wait(SECONDS)
+        logs = started.check()
+    assert all("the same: True" in log for log in logs), logs
+    calls = names.read_text().splitlines()
+    # The first of the three layers is dense.
+    assert len(calls) == 2 * 2
+    # The programs of both transports are there, and of all processes.
+    programs = {
+        path.name: captured(path.read_text(), calls)
+        for path in sorted(dump.glob("*thunk_sequence_after_thunk_passes*"))
+    }
+    there = ", ".join(sorted(path.name for path in dump.iterdir()))
+    assert programs, f"XLA made no command buffer of any program; it dumped: {there}"
+    ours = {name: found for name, found in programs.items() if found[0] or found[1]}
+    assert ours, f"none of {calls} is in: {there}"
+    for name, (inside, outside) in ours.items():
+        assert not outside, f"{name}: not recorded: {outside}"
+        assert len(inside) == len(calls), f"{name}: {inside}"
