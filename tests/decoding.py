@@ -79,7 +79,18 @@ def make_generator(model: Transformer, num_new: int = 20, **options: Any) -> Gen
     )
 
 
-def cache_copies(hlo: str, shape: tuple[int, ...]) -> list[str]:
+def cache_shape(generator: Generator) -> tuple[int, ...]:
+    """Of one device's part of one array of a cache."""
+    state, _ = jax.eval_shape(generator.begin)
+    shape = state.caches[0][0].shape
+    return (shape[0] // generator.mesh.size, *shape[1:])
+
+
+def cache_copies(
+    hlo: str,
+    shape: tuple[int, ...],
+    kinds: tuple[str, ...] = ("copy", "copy-start", "transpose", "pad"),
+) -> list[str]:
     """Instructions of loops that write a whole array of a cache's sizes, in any order, anew."""
     lines: dict[str, list[str]] = {}
     for line in hlo.splitlines():
@@ -97,10 +108,14 @@ def cache_copies(hlo: str, shape: tuple[int, ...]) -> list[str]:
     wanted = sorted(size for size in shape if size != 1)
     found = []
     for line in (line for name in inside for line in lines[name]):
-        made = re.search(r"= \w+\[([\d,]+)\]\S* (copy|copy-start|transpose|pad)\(", line)
-        if made and sorted(int(n) for n in made[1].split(",") if n != "1") == wanted:
+        made = re.search(r"= \w+\[([\d,]+)\]\S* ([\w\-]+)\(", line)
+        if made and made[2] in kinds and _sizes(made[1]) == wanted:
             found.append(line[:150])
     return found
+
+
+def _sizes(shape: str) -> list[int]:
+    return sorted(int(size) for size in shape.split(",") if size != "1")
 
 
 def _called(lines: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ from decoding import (
     CONFIGS,
     VOCAB_SIZE,
     cache_copies,
+    cache_shape,
     captured,
     make_generator,
     make_model,
@@ -22,7 +23,6 @@ from decoding import (
 from flax import nnx
 
 from attention import RMSNorm
-from generate import Generator
 from latent_attention import LatentAttention, LatentCache
 from model import Transformer, make_group
 from presets import PRESETS, ModelConfig, SettingsError
@@ -146,13 +146,6 @@ def test_bad_latent_models_are_errors(options: dict[str, int], message: str) -> 
 # The compiled program
 
 
-def cache_shape(generator: Generator) -> tuple[int, ...]:
-    """Of one device's part of one array of a cache."""
-    state, _ = jax.eval_shape(generator.begin)
-    shape = state.caches[0][0].shape
-    return (shape[0] // generator.mesh.size, *shape[1:])
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_caches_are_never_copied(name: str) -> None:
     config = dataclasses.replace(CONFIGS[name], context=512, num_heads=4, num_kv_heads=2)
@@ -163,6 +156,8 @@ def test_the_caches_are_never_copied(name: str) -> None:
         hlo = program.as_text()
         assert f"[{','.join(map(str, shape))}]" in hlo
         assert cache_copies(hlo, shape) == []
+    # One asks whether all rows are done; none belongs to a step.
+    assert len(re.findall(r" all-reduce(?:-start)?\(", steps.as_text())) == 1
     # The step's program returns the buffers of the state that it was given.
     state, _ = jax.eval_shape(generator.begin)
     caches = jax.tree.leaves(state.caches)

@@ -46,6 +46,7 @@ def test_the_step_is_recorded_in_command_buffers(tmp_path: Path, num_gpus: int, 
         started.wait(SECONDS)
         logs = started.check()
     assert all("the same: True" in log for log in logs), logs
+    assert all("copies of a cache in the loop: []" in log for log in logs), logs
     calls = names.read_text().splitlines()
     # The first of the three layers is dense.
     assert len(calls) == 2 * 2

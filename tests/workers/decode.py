@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import processes
-from decoding import GREEDY, make_model, random_tokens
+from decoding import GREEDY, cache_copies, cache_shape, make_model, random_tokens
 
 from generate import Generator
 from model import split_model
@@ -56,6 +56,9 @@ def main(steps: int, names: Path) -> None:
             hlo = generator.lower_continue().compile().as_text()
             found = re.findall(r'%?([\w.\-]+) = [^\n]*custom_call_target="jaxmoe_', hlo)
             names.write_text("\n".join(found))
+            # Fusions may read a cache in another order; a copy is a copy.
+            copies = cache_copies(hlo, cache_shape(generator), kinds=("copy", "copy-start"))
+            print(f"process {RANK}: copies of a cache in the loop: {copies}")
         *_, tokens = generator.stream()
         results.append(tokens)
     same = np.array_equal(*results)
