@@ -6,7 +6,8 @@ data, so that work and memory follow the rows in use and not the capacity. "ragg
 `jax.lax.ragged_dot`, which XLA lowers on the host to a dense product over all experts, L times the
 work, and which is slow on GPUs: one H200, jax 0.11.2, 131,000 rows of 2048 for 32 experts of 1024,
 forward: 92 ms, against 6 ms in blocks of 2048 rows
-(benchmarks/results/2026-11-22-experts-H200.txt).
+(benchmarks/results/2026-11-22-experts-H200.txt). "batched" is one batched product for experts with
+few rows each, for decoding on GPUs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
 from jaxmoe._vma import vary_alike, zeros_alike
-from jaxmoe.products import choose_backend, cuda, ragged
+from jaxmoe.products import batched, choose_backend, cuda, ragged
 from jaxmoe.products.blocks import Blocks
 from jaxmoe.quantized import QuantizedExperts, matmul
 
@@ -49,6 +50,7 @@ def swiglu_experts(
     *,
     block_rows: int = 128,
     backend: str = "auto",
+    max_rows: int | None = None,
 ) -> Float[Array, "C D"]:
     """SwiGLU of every row with its own expert; rows past the last group come out as zeros.
 
@@ -62,14 +64,16 @@ def swiglu_experts(
       block_rows: rows per step of the "blocked" backend; about the rows of a typical expert.
       backend: "cuda", "blocked", "ragged_dot" or "auto", as for `jaxmoe.grouped_matmul`. With
         "cuda" the gradient keeps rows @ gate and rows @ up, named `GATE_NAME` and `UP_NAME` for
-        policies of `jax.checkpoint`.
+        policies of `jax.checkpoint`. Also "batched", which "auto" never is here, but in the layer.
+      max_rows: the most rows that an expert can have, for the "batched" backend: if one has more,
+        all rows come out as NaN.
 
     Returns:
       [C, D] in the dtype of `rows`.
 
     Raises:
-      ValueError: weights of other sizes; quantised ones with "ragged_dot" or "cuda", a shared up
-        projection with "cuda".
+      ValueError: weights of other sizes; quantised ones with "ragged_dot", "batched" or "cuda", a
+        shared up projection with "cuda"; "batched" without max_rows.
       TypeError: a derivative with quantised weights.
     """
     up = up[None] if not isinstance(up, QuantizedExperts) and up.ndim == 2 else up
@@ -80,7 +84,13 @@ def swiglu_experts(
             "swiglu_experts: backend 'cuda' takes neither quantised weights nor a shared up "
             "projection. Use 'blocked' or 'auto'."
         )
-    backend = choose_backend(backend, rows.dtype, gate.shape[1:]).backend
+    if backend == "batched" and (quantized or max_rows is None or max_rows < 1):
+        raise ValueError(
+            "swiglu_experts: backend 'batched' needs max_rows of at least 1, the most rows of an "
+            f"expert (got {max_rows}), and takes no quantised weights. Use 'blocked' or 'auto'."
+        )
+    if backend != "batched":
+        backend = choose_backend(backend, rows.dtype, gate.shape[1:]).backend
     _check_weights(rows, group_sizes, gate, up, down)
     if rows.shape[0] == 0:
         return rows
@@ -93,6 +103,8 @@ def swiglu_experts(
         operands = vary_alike((rows, group_sizes, gate, up, down))
         return _quantized(min(block_rows, rows.shape[0]), *operands)
     operands = vary_alike((rows, group_sizes, gate, up, down))
+    if backend == "batched":
+        return batched.swiglu(*operands, max_rows=max_rows or 1)
     if backend == "cuda" and plain:
         return _fused(*operands)
     if backend == "ragged_dot":

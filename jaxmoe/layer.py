@@ -20,7 +20,7 @@ from jaxmoe.experts import swiglu, swiglu_experts
 from jaxmoe.group import ExpertParallel
 from jaxmoe.layer_config import MoEConfig, param_specs
 from jaxmoe.ops import combine, dispatch
-from jaxmoe.products import choose_backend
+from jaxmoe.products import batched, choose_backend
 from jaxmoe.quantized import QuantizedExperts
 from jaxmoe.routing import Routing, count_tokens_per_expert, route
 
@@ -225,6 +225,8 @@ def _local_layer(
     rest = {name: p for name, p in params.items() if name.startswith("shared")}
     weight = {name: _cast(p, group.dtype) for name, p in (experts | rest).items()}
     rows, row_weights, plan = dispatch(group, tokens, slots, weights, site=config.site)
+    # A token chooses an expert once, so that one has no more rows than there are tokens.
+    most = group.num_devices * tokens.shape[0]
     expert_rows = swiglu_experts(
         rows,
         plan.group_sizes,
@@ -232,7 +234,8 @@ def _local_layer(
         weight["up"],
         weight["down"],
         block_rows=_block_rows(group, tokens.shape[0]),
-        backend=_backend(config),
+        backend=_backend(config, most, weight),
+        max_rows=most,
     )
     y = combine(group, expert_rows, row_weights, plan, site=config.site)
     if config.num_shared_experts:
@@ -358,10 +361,15 @@ def _platform(group: ExpertParallel) -> str:
     return jax.default_backend() if group.mesh is None else group.mesh.devices.flat[0].platform
 
 
-def _backend(config: MoEConfig) -> str:
-    """What "auto" is on the group's devices, which need not be JAX's default ones."""
-    group = config.group
-    if group.mesh is None:
-        return "auto"
-    widths = (group.dim, config.hidden_dim)
-    return choose_backend("auto", group.dtype, widths, group.mesh.devices.flat[0]).backend
+def _backend(config: MoEConfig, max_rows: int, weights: Params) -> str:
+    """What "auto" is on the group's devices, which need not be JAX's default ones.
+
+    max_rows: the most rows of an expert. With few, as in decoding, a GPU computes all experts at
+    once rather than in a loop whose length the host has to ask for.
+    """
+    group, widths = config.group, (config.group.dim, config.hidden_dim)
+    device = None if group.mesh is None else group.mesh.devices.flat[0]
+    chosen = choose_backend("auto", group.dtype, widths, device).backend
+    quantized = any(isinstance(w, QuantizedExperts) for w in weights.values())
+    few = max_rows <= batched.MAX_ROWS and not quantized
+    return "batched" if chosen == "blocked" and few and _platform(group) == "gpu" else chosen
