@@ -136,6 +136,7 @@ def print_times(generator: Generator, config: DecodeConfig) -> None:
             "device": jax.devices()[0].device_kind,
             "versions": {"jax": jax.__version__},
             "num_processes": jax.process_count(),
+            "transport": generator.transport,
             **times.as_json(),
             **moves,
         }

@@ -94,6 +94,7 @@ class Generator:
         self._gathered = [_gathered(leaf) for leaf in jax.tree.leaves(weights)]
         model = nnx.merge(graphdef, *weights)
         self.config = model.config
+        self.transport = next((moe.config.group.transport for moe in model.moe_layers), None)
         self._observed = [moe.config for moe in model.moe_layers if moe.config.observe_load]
         self.num_prompts = len(prompts)
         self.num_prompt_tokens = sum(map(len, prompts))

@@ -15,9 +15,9 @@ if str(EXAMPLES) not in sys.path:
 
 
 def start(
-    script: str, *args: object, cache: Path, launcher: Sequence[str] = ()
+    script: str | Path, *args: object, cache: Path, launcher: Sequence[str] = ()
 ) -> subprocess.Popen[str]:
-    """Starts a script of examples/; the compiled programs are shared through the folder `cache`.
+    """Starts a script of examples/, or of a path; the compiled programs are shared through the folder `cache`.
 
     launcher: what stands between Python and the script.
     """
@@ -40,7 +40,7 @@ def start(
 
 
 def run(
-    script: str, *args: object, cache: Path, status: int = 0, launcher: Sequence[str] = ()
+    script: str | Path, *args: object, cache: Path, status: int = 0, launcher: Sequence[str] = ()
 ) -> str:
     """Runs a script to its end and returns what it printed; its exit status must be `status`."""
     process = start(script, *args, cache=cache, launcher=launcher)

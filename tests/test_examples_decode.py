@@ -33,6 +33,7 @@ from runtime import make_mesh
 from training import with_shardings
 
 LATENT = CONFIGS["latent"]
+BENCHMARKS = EXAMPLES.parent / "benchmarks"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -230,6 +231,7 @@ def test_figures_and_traces_are_written(folder: Path) -> None:
     assert "\ndef f" in text
     report = json.loads((folder / "times.json").read_text())
     assert (report["num_rows"], report["num_devices"], report["num_calls"]) == (2, 8, 3)
+    assert report["transport"] == "cpu"
     assert report["token_p99_us"] >= report["token_p50_us"] > 0
     assert f"p50 {report['token_p50_us'] / 1e3:.3f} ms" in speed
     assert list((folder / "trace").rglob("*.xplane.pb"))
@@ -263,24 +265,21 @@ def test_bad_options_are_errors(folder: Path, options: list[object], message: st
     assert "Traceback" not in output
 
 
-def test_the_benchmark_runs() -> None:
-    """Two transports, the same tokens; it has no options that only GPUs understand."""
-    script = EXAMPLES.parent / "benchmarks/decode_loop.py"
-    output = run(
-        str(script),
-        *("--layers", 1, "--dim", 32, "--expert-hidden-dim", 16, "--batch", 2, "--steps", 4),
-        *(
-            "--steps-per-call",
-            2,
-            "--repeats",
-            1,
-            "--prompt-length",
-            3,
-            "--transports",
-            "cpu",
-            "xla",
-        ),
-        cache=Path("/nonexistent"),
-    )
+SIZES = ("--layers", 2, "--dim", 32, "--expert-hidden-dim", 16, "--steps", 4)
+TRANSPORTS = ("--transports", "cpu", "xla")
+
+
+def test_the_benchmark_of_the_loop_runs(tmp_path: Path) -> None:
+    """Two transports, the same tokens; each stage has a line."""
+    more = ("--batch", 2, "--steps-per-call", 2, "--repeats", 1, "--prompt-length", 3)
+    output = run(BENCHMARKS / "decode_loop.py", *SIZES, *more, *TRANSPORTS, cache=tmp_path)
     assert re.search(r"cpu +[\d,]+ tokens/s, \d+\.\d\d x xla; 100.0% of the tokens", output)
     assert "cpu: compile the steps: " in output
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_training_runs(tmp_path: Path) -> None:
+    more = ("--context", 8, "--batch-size", 2)
+    output = run(BENCHMARKS / "pretrain_step.py", *SIZES, *more, *TRANSPORTS, cache=tmp_path)
+    assert "cpu: first step ..." in output
+    assert re.search(r"xla / cpu: \d+\.\d\d", output)
