@@ -17,7 +17,9 @@ if str(EXAMPLES) not in sys.path:
 def start(
     script: str | Path, *args: object, cache: Path, launcher: Sequence[str] = ()
 ) -> subprocess.Popen[str]:
-    """Starts a script of examples/, or of a path; the compiled programs are shared through the folder `cache`.
+    """Starts a script of examples/, or that at a path.
+
+    The compiled programs are shared through the folder `cache`.
 
     launcher: what stands between Python and the script.
     """
