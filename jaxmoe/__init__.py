@@ -13,6 +13,7 @@ _HOME = {
     "MoE": "jaxmoe.nnx",
     "MoEStats": "jaxmoe.layer",
     "Plan": "jaxmoe.plan",
+    "QuantizedRows": "jaxmoe.wire",
     "RouterBias": "jaxmoe.nnx",
     "RouterConfig": "jaxmoe.routing",
     "Routing": "jaxmoe.routing",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from jaxmoe.routing import route as route
     from jaxmoe.routing import update_bias as update_bias
     from jaxmoe.transport.failures import ExchangeError as ExchangeError
+    from jaxmoe.wire import QuantizedRows as QuantizedRows
 else:
 
     def __getattr__(name: str) -> object:

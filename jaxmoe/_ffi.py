@@ -20,14 +20,20 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
-from jaxmoe import reference
+from jaxmoe import reference, wire
 from jaxmoe.plan import Plan
 
 if TYPE_CHECKING:
     from jaxmoe.group import ExpertParallel
 
-CONFIG_FIELDS = ("group", "site", "num_devices", "num_experts", "top_k")
-TARGETS = ("jaxmoe_dispatch", "jaxmoe_combine", "jaxmoe_dispatch_grad", "jaxmoe_combine_grad")
+CONFIG_FIELDS = ("group", "site", "num_devices", "num_experts", "top_k", "wire")
+TARGETS = (
+    "jaxmoe_dispatch",
+    "jaxmoe_dispatch_fp8_rows",
+    "jaxmoe_combine",
+    "jaxmoe_dispatch_grad",
+    "jaxmoe_combine_grad",
+)
 PRODUCT_TARGETS = (
     "jaxmoe_grouped_matmul",
     "jaxmoe_grouped_input_grad",
@@ -69,7 +75,7 @@ def dispatch(
     x: Float[Array, "T D"],
     expert_ids: Int32[Array, "T K"],
     weights: Float32[Array, "T K"],
-) -> tuple[Float[Array, "C D"], Float32[Array, " C"], Plan]:
+) -> tuple[Any, Float32[Array, " C"], Plan]:
     """Custom call for `reference.dispatch`."""
     num_tokens, top_k = expert_ids.shape
     if num_tokens == 0:  # XLA drops calls on empty arrays, on all devices alike
@@ -86,10 +92,17 @@ def dispatch(
         ((capacity,), I32),
         ((num_tokens, top_k), I32),
     )
-    rows, row_weights, *plan = _call(
-        "jaxmoe_dispatch", group, site, (x, expert_ids, weights), outputs
+    operands = (x, expert_ids, weights)
+    if group.rows_dtype is None:
+        rows, row_weights, *plan = _call("jaxmoe_dispatch", group, site, operands, outputs)
+        return rows, row_weights, Plan(*plan)
+    target, rest = "jaxmoe_dispatch_fp8_rows", outputs[1:]
+    values_out = ((capacity, group.dim), group.rows_dtype)
+    scales_out = ((capacity, wire.num_blocks(group.dim)), F32)
+    values, row_weights, *plan, scales = _call(
+        target, group, site, operands, (values_out, *rest, scales_out)
     )
-    return rows, row_weights, Plan(*plan)
+    return wire.QuantizedRows(values, scales), row_weights, Plan(*plan)
 
 
 def combine(
@@ -205,6 +218,7 @@ def _call(
         "num_devices": np.int64(group.num_devices),
         "num_experts": np.int64(group.num_experts),
         "top_k": np.int64(group.top_k),
+        "wire": np.int64(_wire_format(group)),
     }
     # Typed like an operand: a bare ShapeDtypeStruct would be taken as equal on all devices.
     like = jax.typeof(operands[0])
@@ -214,6 +228,11 @@ def _call(
     if group.transport != "cpu":
         run = _beside_no_collective(run)
     return list(run(_where(group), *operands))
+
+
+def _wire_format(group: ExpertParallel) -> int:
+    """`WireFormat` of xla_ffi/common/config.h."""
+    return 0 if group.wire_dtype is None else 1 + wire.SCALES.index(group.wire_scale)
 
 
 def _beside_no_collective(run: Callable[..., Any]) -> Callable[..., Any]:

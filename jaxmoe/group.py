@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe import transport as _transport
+from jaxmoe import wire
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -35,6 +36,9 @@ class GroupSpec:
     dtype: str
     timeout: float
     num_sms: int | None = None
+    wire_dtype: str | None = None
+    wire_scale: str = "amax"
+    rows_dtype: str | None = None
 
 
 class ExpertParallel:
@@ -58,7 +62,17 @@ class ExpertParallel:
         ever dropped. A number gives `ceil(capacity_factor * T * K)` rows; 1.0 is what balanced
         routing needs. See `dispatch` for which choices are dropped when that is too little.
       dtype: of tokens and rows: bfloat16, float16 or float32.
-      wire_dtype: must be None; tokens travel in `dtype`.
+      wire_dtype: jnp.float8_e4m3fn lets `dispatch` send tokens in eight bits, with a float32 scale
+        for each block of 128 numbers, and about half of the bytes. It quantises in the send and
+        makes rows of `dtype` again in the receive; `jaxmoe.wire` defines every bit and bounds the
+        error, at most 2^-4 of a number that is not tiny against the largest of its block. Gradients
+        and `combine` stay in `dtype`: the gradient of dispatch is that of the copy, as if nothing
+        had been rounded. None: tokens travel in `dtype`.
+      wire_scale: "amax" (the largest number of a block becomes the largest of FP8) or
+        "power_of_two" (scaling is exact, as some FP8 matrix units want it).
+      rows_dtype: jnp.float8_e4m3fn lets `dispatch` hand rows over as they travelled, as
+        `jaxmoe.QuantizedRows` with their scales, for an FP8 matrix product; needs `wire_dtype`, and
+        takes no derivative. None: rows of `dtype`.
       transport: "cpu" (this library's custom calls on the host platform), "p2p" (its kernels on
         the GPUs of one process), "nvshmem" (the same kernels, one process per GPU), "xla" (plain
         `jax.lax` collectives, any backend; also the reference) or "auto". `group.transport` says
@@ -84,6 +98,8 @@ class ExpertParallel:
         capacity_factor: float | None = None,
         dtype: Any = jnp.bfloat16,
         wire_dtype: Any = None,
+        wire_scale: str = "amax",
+        rows_dtype: Any = None,
         transport: str = "auto",
         num_sms: int | None = None,
         timeout: float = 60.0,
@@ -91,7 +107,9 @@ class ExpertParallel:
         axes, other_axes, sizes = _check_axes(mesh, axis)
         num_devices = math.prod(dict(sizes)[a] for a in axes)
         _check_sizes(num_experts, top_k, dim, max_tokens, num_devices, axes)
-        _check_options(capacity_factor, wire_dtype, num_sms, timeout)
+        _check_options(capacity_factor, num_sms, timeout)
+        name = _check_dtype(dtype)
+        wire_name, rows_name = _check_wire(name, wire_dtype, wire_scale, rows_dtype)
         self.mesh = mesh
         self.spec = GroupSpec(
             axis=axes,
@@ -103,9 +121,12 @@ class ExpertParallel:
             dim=int(dim),
             max_tokens=int(max_tokens),
             capacity_factor=None if capacity_factor is None else float(capacity_factor),
-            dtype=_check_dtype(dtype),
+            dtype=name,
             timeout=float(timeout),
             num_sms=num_sms,
+            wire_dtype=wire_name,
+            wire_scale=wire_scale,
+            rows_dtype=rows_name,
         )
         self.transport = _transport.pick(transport, mesh, self.spec)
         if num_sms is not None and self.transport in ("cpu", "xla"):
@@ -127,6 +148,9 @@ class ExpertParallel:
     capacity_factor = property(lambda self: self.spec.capacity_factor)
     dtype = property(lambda self: jnp.dtype(self.spec.dtype))
     timeout = property(lambda self: self.spec.timeout)
+    wire_dtype = property(lambda self: _dtype_or_none(self.spec.wire_dtype))
+    wire_scale = property(lambda self: self.spec.wire_scale)
+    rows_dtype = property(lambda self: _dtype_or_none(self.spec.rows_dtype))
     uid = property(lambda self: self._handle.uid)
     heap_bytes = property(lambda self: self._handle.heap_bytes)
     closed = property(lambda self: not self._finalizer.alive)
@@ -150,8 +174,19 @@ class ExpertParallel:
             f"ExpertParallel(axis={s.axis}, num_devices={s.num_devices}, "
             f"num_experts={s.num_experts}, top_k={s.top_k}, dim={s.dim}, "
             f"max_tokens={s.max_tokens}, capacity_factor={s.capacity_factor}, "
-            f"dtype={s.dtype}, transport={self.transport!r}{state})"
+            f"dtype={s.dtype}, {_wire_text(s)}transport={self.transport!r}{state})"
         )
+
+
+def _wire_text(spec: GroupSpec) -> str:
+    if spec.wire_dtype is None:
+        return ""
+    rows = "" if spec.rows_dtype is None else f"rows_dtype={spec.rows_dtype}, "
+    return f"wire_dtype={spec.wire_dtype}, wire_scale={spec.wire_scale!r}, {rows}"
+
+
+def _dtype_or_none(name: str | None) -> Any:
+    return None if name is None else jnp.dtype(name)
 
 
 def _check_axes(
@@ -218,18 +253,12 @@ def _check_sizes(
         )
 
 
-def _check_options(
-    capacity_factor: float | None, wire_dtype: Any, num_sms: int | None, timeout: float
-) -> None:
+def _check_options(capacity_factor: float | None, num_sms: int | None, timeout: float) -> None:
     if capacity_factor is not None and not (math.isfinite(capacity_factor) and capacity_factor > 0):
         raise ValueError(
             f"ExpertParallel: capacity_factor must be a positive number or None, got "
             f"{capacity_factor!r}. "
             "1.0 holds balanced routing exactly; None never drops."
-        )
-    if wire_dtype is not None:
-        raise ValueError(
-            f"ExpertParallel: wire_dtype must be None on this version, got {wire_dtype!r}."
         )
     if num_sms is not None and num_sms < 1:
         raise ValueError(f"ExpertParallel: num_sms must be at least 1 or None, got {num_sms!r}.")
@@ -244,3 +273,34 @@ def _check_dtype(dtype: Any) -> str:
     if name not in DTYPES:
         raise ValueError(f"ExpertParallel: dtype must be one of {', '.join(DTYPES)}, got {name}.")
     return name
+
+
+def _check_wire(
+    dtype: str, wire_dtype: Any, wire_scale: str, rows_dtype: Any
+) -> tuple[str | None, str | None]:
+    """Names of the dtypes on the wire and of the rows; None where it is that of the group."""
+    names = {"wire_dtype": wire_dtype, "rows_dtype": rows_dtype}
+    for option, asked in names.items():
+        name = None if asked is None else jnp.dtype(asked).name
+        if name not in (None, dtype, wire.DTYPE):
+            raise ValueError(
+                f"ExpertParallel: {option} must be {wire.DTYPE} or None (as dtype, {dtype}), got "
+                f"{name}."
+            )
+        names[option] = None if name == dtype else name
+    if wire_scale not in wire.SCALES:
+        raise ValueError(
+            f"ExpertParallel: wire_scale must be one of {', '.join(map(repr, wire.SCALES))}, got "
+            f"{wire_scale!r}."
+        )
+    if names["wire_dtype"] is None and names["rows_dtype"] is not None:
+        raise ValueError(
+            f"ExpertParallel: rows_dtype {wire.DTYPE} hands over what came over the wire, but "
+            f"wire_dtype is {dtype}. Set wire_dtype=jnp.{wire.DTYPE} as well."
+        )
+    if names["wire_dtype"] is None and wire_scale != "amax":
+        raise ValueError(
+            f"ExpertParallel: wire_scale {wire_scale!r} is of an FP8 wire, but wire_dtype is "
+            f"{dtype}. Set wire_dtype=jnp.{wire.DTYPE}, or leave wire_scale out."
+        )
+    return names["wire_dtype"], names["rows_dtype"]

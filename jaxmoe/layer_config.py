@@ -59,6 +59,12 @@ class MoEConfig:
             raise ValueError(
                 f"MoE: group must be an ExpertParallel, got {type(self.group).__name__}."
             )
+        if self.group.rows_dtype is not None:
+            raise ValueError(
+                f"MoE: the group hands rows over in {self.group.rows_dtype.name} (rows_dtype), but "
+                f"the layer's experts compute in {self.group.dtype.name}. Make the group without "
+                "rows_dtype; wire_dtype alone sends tokens in FP8."
+            )
         for name, least in (("hidden_dim", 1), ("num_shared_experts", 0)):
             if getattr(self, name) < least:
                 raise ValueError(

@@ -31,7 +31,7 @@ def dispatch(
     weights: Float32[Array, "T K"],
     *,
     site: str | None = None,
-) -> tuple[Float[Array, "C D"], Float32[Array, " C"], Plan]:
+) -> tuple[Any, Float32[Array, " C"], Plan]:
     """Send every token to the devices of its experts.
 
     Row r of device d is `x[t]` of the source device s whose choice (s, t, k) is the r-th of all
@@ -43,7 +43,11 @@ def dispatch(
     ones, no source device favoured. `plan.num_dropped` counts the others; they contribute nothing
     to `combine`.
 
-    Differentiable in `x` and `weights`; `vmap` runs the batch one after the other.
+    With `wire_dtype` a row is what `jaxmoe.wire` makes of `x[t]`, in eight bits and back; also on
+    the token's own device.
+
+    Differentiable in `x` and `weights`, with an FP8 wire as if it rounded nothing; not with FP8
+    rows. `vmap` runs the batch one after the other.
 
     Args:
       group: the expert-parallel group; its mesh is that of the enclosing `jax.shard_map`.
@@ -57,12 +61,14 @@ def dispatch(
         else leaves it None.
 
     Returns:
-      rows [C, D], zero from `plan.num_rows` on; row_weights [C] float32, likewise; the `Plan`.
+      rows [C, D] in `group.dtype`, or with `rows_dtype` a `jaxmoe.QuantizedRows` of [C, D] values
+      and [C, ceil(D / 128)] scales; zero from `plan.num_rows` on. row_weights [C] float32,
+      likewise. The `Plan`.
 
     Raises:
       ValueError: at trace time for shapes, dtypes, meshes and closed groups, saying what was got
-        and wanted. jax.errors.JaxRuntimeError: at run time when a peer did not arrive within
-        `group.timeout`.
+        and wanted. TypeError: a derivative with FP8 rows. jax.errors.JaxRuntimeError: at run time
+        when a peer did not arrive within `group.timeout`.
     """
     _check_usable("dispatch", group)
     _check_tokens(group, x, expert_ids, weights)
@@ -110,7 +116,9 @@ def combine(
 # combine:   y = G^T S e, hence d_e = S G d_y (a cached dispatch times the weights)
 # d_row_weights[r] = <(G d_y)[r], e[r]>                          (a dot product per row) G and g
 # depend on expert_ids only, which are integers and take no gradient. The plan, being their
-# encoding, takes none either.
+# encoding, takes none either. With an FP8 wire rows = Q(G x), and the derivative of the rounding Q,
+# which is zero almost everywhere, is taken to be one (the straight-through estimator of Bengio,
+# Leonard and Courville 2013).
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -119,6 +127,12 @@ def _dispatch(group: ExpertParallel, site: int, x: Any, expert_ids: Any, weights
 
 
 def _dispatch_fwd(group: ExpertParallel, site: int, x: Any, expert_ids: Any, weights: Any) -> Any:
+    if group.rows_dtype is not None:
+        raise TypeError(
+            f"dispatch: asked for a derivative, but rows_dtype is {group.rows_dtype.name}, in "
+            "which gradients are not computed. Make the group without rows_dtype to train, or stop "
+            "the gradient before dispatch."
+        )
     rows, row_weights, plan = _dispatch(group, site, x, expert_ids, weights)
     return (rows, row_weights, plan), plan
 

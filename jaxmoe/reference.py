@@ -14,17 +14,22 @@ Summation rule
   rounded), rounds the partial sum to the row dtype if it travels to another device, and the
   token's owner adds the partial sums in float32 over devices 0 … R-1 and rounds once to the row
   dtype. With one device there is no rounding in between.
+Wire rule
+  With `wire_dtype` every token passes through the wire format of `jaxmoe.wire`, also those of the
+  device's own: rows do not depend on where a token comes from. Nothing else is quantised: partial
+  sums and gradients travel in the dtype of the group.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
+from jaxmoe import wire
 from jaxmoe._vma import zeros_alike
 from jaxmoe.plan import Plan
 
@@ -41,13 +46,14 @@ def dispatch(
     x: Float[Array, "T D"],
     expert_ids: Int32[Array, "T K"],
     weights: Float32[Array, "T K"],
-) -> tuple[Float[Array, "C D"], Float32[Array, " C"], Plan]:
+) -> tuple[Any, Float32[Array, " C"], Plan]:
     """All-gather tokens and choices, then keep what is addressed to this device."""
     del site
     if x.shape[0] == 0:
         return _dispatch_nothing(group, x)
     num_choices = group.top_k
-    all_ids, all_weights, all_x = (_all_gather(group, a) for a in (expert_ids, weights, x))
+    sent = (x,) if group.wire_dtype is None else wire.quantize(x, group.wire_scale)
+    all_ids, all_weights, *all_sent = (_all_gather(group, a) for a in (expert_ids, weights, *sent))
     valid = (expert_ids >= 0) & (expert_ids < group.num_experts)
     plan = make_plan(
         all_ids,
@@ -60,14 +66,25 @@ def dispatch(
     )
     used = plan.row_source >= 0
     choice = jnp.maximum(plan.row_source, 0)
-    rows = all_x.reshape(-1, x.shape[1])[choice // I32(num_choices)]
-    rows = jnp.where(used[:, None], rows, jnp.zeros((), x.dtype))
-    return rows, jnp.where(used, all_weights.reshape(-1)[choice], F32(0)), plan
+    arrived = [a.reshape(-1, a.shape[-1])[choice // I32(num_choices)] for a in all_sent]
+    arrived = [jnp.where(used[:, None], a, jnp.zeros((), a.dtype)) for a in arrived]
+    row_weights = jnp.where(used, all_weights.reshape(-1)[choice], F32(0))
+    return _received(group, arrived), row_weights, plan
+
+
+def _received(group: ExpertParallel, arrived: list[jax.Array]) -> Any:
+    """Rows of what came over the wire."""
+    if group.wire_dtype is None:
+        return arrived[0]
+    codes, scales = arrived
+    if group.rows_dtype is None:
+        return wire.dequantize(codes, scales, group.dtype)
+    return wire.hand_over(codes, scales)
 
 
 def _dispatch_nothing(
     group: ExpertParallel, x: Float[Array, "0 D"]
-) -> tuple[Float[Array, "0 D"], Float32[Array, " 0"], Plan]:
+) -> tuple[Any, Float32[Array, " 0"], Plan]:
     """`dispatch` without tokens: no device has rows, and nothing travels.
 
     Not left to the general case, because XLA's compilers fail on collectives of empty arrays.
@@ -85,7 +102,11 @@ def _dispatch_nothing(
         row_source=ints(0),
         choice_device=ints(0, group.top_k),
     )
-    return zeros_alike(x), zeros_alike(x, F32, (0,)), plan
+    rows: Any = zeros_alike(x)
+    if group.rows_dtype is not None:
+        scales = zeros_alike(x, F32, (0, wire.num_blocks(group.dim)))
+        rows = wire.QuantizedRows(rows.astype(group.rows_dtype), scales)
+    return rows, zeros_alike(x, F32, (0,)), plan
 
 
 def make_plan(

@@ -53,6 +53,8 @@ class Config:
     mesh: str | None = "expert"
     explicit: bool = False
     check_vma: bool = True
+    wire: str | None = None  # wire_scale of an FP8 wire
+    fp8_rows: bool = False
 
     @property
     def L(self) -> int:  # noqa: N802
@@ -92,6 +94,16 @@ CONFIGS = {
     # Large enough for the thread pool of the CPU transport.
     "large": Config(R=8, T=64, D=128, E=32, K=4, dtype="bfloat16"),
     "large_drops": Config(T=100, D=95, E=8, K=2, capacity_factor=1.0),
+    "wire": Config(D=208, dtype="bfloat16", mesh="data_expert", wire="amax"),
+    "wire_float32": Config(R=2, T=7, D=16, E=6, K=3, capacity_factor=0.5, wire="amax"),
+    "wire_powers": Config(R=8, T=3, D=144, E=16, K=4, dtype="float16", wire="power_of_two"),
+    "wire_no_mesh": Config(
+        R=1, T=6, D=32, E=5, dtype="bfloat16", capacity_factor=0.5, mesh=None, wire="power_of_two"
+    ),
+    "wire_narrow": Config(R=2, T=4, D=1, E=4, dtype="bfloat16", wire="amax"),
+    "wire_large": Config(
+        T=64, D=1920, E=32, K=4, dtype="bfloat16", capacity_factor=1.0, wire="amax"
+    ),
 }
 
 
@@ -177,6 +189,10 @@ _PATTERNS = {
     "reversed": ("uniform", "one_expert"),
     "large": ("zipf", "masked"),
     "large_drops": ("zipf", "uniform"),
+    "wire": ("uniform", "invalid"),
+    "wire_float32": ("zipf", "one_device"),
+    "wire_powers": ("masked",),
+    "wire_large": ("zipf",),
 }
 
 

@@ -31,7 +31,16 @@ def make_group(config: Config, transport: str) -> jaxmoe.ExpertParallel:
         capacity_factor=config.capacity_factor,
         dtype=config.dtype,
         transport=transport,
+        **wire_options(config),
     )
+
+
+def wire_options(config: Config) -> dict[str, Any]:
+    """Arguments of a group for what a configuration says of the wire."""
+    if config.wire is None:
+        return {}
+    rows = jnp.float8_e4m3fn if config.fp8_rows else None
+    return {"wire_dtype": jnp.float8_e4m3fn, "wire_scale": config.wire, "rows_dtype": rows}
 
 
 def on_devices(config: Config, body: Any, **options: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import fp8
 import numpy as np
 from cases import Config
 
@@ -30,6 +31,8 @@ def kept_choices(c: Config, ids: np.ndarray, device: int) -> tuple[list[Any], in
 
 def dispatch(c: Config, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> Arrays:
     """Rows, row weights and every field of the plan; [R, ...] each."""
+    if c.wire is not None:
+        x = fp8.there_and_back(x, c.wire)
     out: Arrays = {
         "rows": np.zeros((c.R, c.C, c.D), x.dtype),
         "row_weights": np.zeros((c.R, c.C), np.float32),

@@ -51,7 +51,6 @@ def group_of(mesh: Any = None, **changes: Any) -> jaxmoe.ExpertParallel:
         (dict(timeout=float("inf")), "timeout must be a positive number of seconds, got inf"),
         (dict(dtype="int8"), "dtype must be one of bfloat16, float16, float32, got int8"),
         (dict(dtype="float64"), "dtype must be one of bfloat16, float16, float32, got float64"),
-        (dict(wire_dtype="float8_e4m3fn"), "wire_dtype must be None on this version, got 'float8"),
         (dict(num_sms=8), r"num_sms \(8\) bounds GPU kernels.*Leave it None"),
         (dict(transport="nvlink"), "transport must be one of 'auto', 'cpu', .*got 'nvlink'"),
         (dict(axis="model"), r"axis 'model' is not in the mesh, whose axes are \('expert',\)"),

@@ -40,10 +40,11 @@ def gpus():
 
 
 def on_gpus(config: Config) -> Config:
-    """The configuration with a device for each GPU, and a width that 16-byte vectors divide."""
+    """The configuration with a device for each GPU, and a width that the kernels take."""
     devices = 1 if config.mesh is None else GPUS
     experts = -(-config.E // devices) * devices
-    dim = -(-config.D // 8) * 8
+    step = 8 if config.wire is None else 16
+    dim = -(-config.D // step) * step
     mesh = None if devices == 1 else "expert"
     return dataclasses.replace(config, R=devices, E=experts, D=dim, mesh=mesh)
 

@@ -18,9 +18,13 @@ import pytest
 pytestmark = [pytest.mark.gpu, pytest.mark.multiprocess, pytest.mark.timeout(300)]
 
 SECONDS = float(os.environ.get("JAXMOE_TEST_SECONDS", "240"))  # that a launch may take
-TWO = ("two_devices-zipf", "two_devices_f16-zipf", "all_experts-uniform", "all_devices-zipf")
-FOUR = ("large_drops-uniform", "plain-masked", "all_devices_large-uniform")
-EIGHT = ("large-zipf", "eight_devices-one_expert", "tuple-zipf", "all_devices-uniform")
+# fmt: off
+TWO = ("two_devices-zipf", "two_devices_f16-zipf", "all_experts-uniform", "all_devices-zipf",
+       "wire_float32-zipf")
+FOUR = ("large_drops-uniform", "plain-masked", "wire_large-zipf", "all_devices_large-uniform")
+EIGHT = ("large-zipf", "wire_powers-masked", "eight_devices-one_expert", "tuple-zipf",
+         "all_devices-uniform")
+# fmt: on
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -17,14 +17,17 @@ LAUNCHES = [
         2, 1, ("two_devices-zipf", "two_devices_f16-zipf", "all_experts-uniform"),
         id="2_processes", marks=pytest.mark.smoke,
     ),
-    pytest.param(2, 2, ("plain-invalid", "large_drops-zipf"), id="2_processes_of_2_devices"),
-    pytest.param(4, 1, ("large_drops-uniform", "plain-masked"), id="4_processes"),
+    pytest.param(
+        2, 2, ("plain-invalid", "large_drops-zipf", "wire_narrow-uniform"),
+        id="2_processes_of_2_devices",
+    ),
+    pytest.param(4, 1, ("large_drops-uniform", "wire_large-zipf"), id="4_processes"),
     # Slices of the mesh across processes and within one, and one that some have no device in.
     pytest.param(
         4, 2,
         (
             "data_expert-masked", "slices_of_two-zipf", "expert_data_tiny-uniform", "tuple-zipf",
-            "reversed-one_expert", "large-zipf",
+            "reversed-one_expert", "large-zipf", "wire-invalid", "wire_powers-masked",
         ),
         id="4_processes_of_2_devices",
     ),

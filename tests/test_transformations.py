@@ -24,6 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jaxmoe
 
 CONFIG = Config(T=6, D=4, mesh="data_expert")
+WIRE = Config(T=6, D=4, mesh="data_expert", wire="power_of_two")  # which small integers cross whole
 NUM_SETS = 4  # layers, steps or micro-batches
 
 Moe = Callable[..., Any]
@@ -179,8 +180,8 @@ def compile_program(program: Any, moe: Moe, config: Config = CONFIG, **options: 
     return jax.jit(exchange.on_devices(config, functools.partial(program, moe)), **options)
 
 
-def check(program: Any, transport: str, repetitions: int = 1) -> None:
-    moe = parallel_moe(exchange.make_group(CONFIG, transport))
+def check(program: Any, transport: str, repetitions: int = 1, config: Config = CONFIG) -> None:
+    moe = parallel_moe(exchange.make_group(config, transport))
     want = jax.block_until_ready(compile_program(program, dense_moe(CONFIG.E))(*inputs()))
     compiled = compile_program(program, moe)
     for _ in range(repetitions):
@@ -207,6 +208,13 @@ def test_reference_program_equals_the_dense_one(program: Any):
     check(program, "xla")
 
 
+@pytest.mark.parametrize(
+    "program", [scan_over_layers, different_numbers_of_tokens, vmap, grad_of_scan, grad_of_vmap]
+)
+def test_program_with_an_fp8_wire(program: Any):
+    check(program, "cpu", config=WIRE)
+
+
 POLICIES = {
     "default": None,
     "everything": jax.checkpoint_policies.everything_saveable,
@@ -217,8 +225,12 @@ POLICIES = {
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("policy", POLICIES)
-def test_checkpoint(policy: str):
+@pytest.mark.parametrize(
+    "policy, config",
+    [*((policy, CONFIG) for policy in POLICIES), ("default", WIRE)],
+    ids=[*POLICIES, "fp8_wire"],
+)
+def test_checkpoint(policy: str, config: Config):
     """Recomputed exchanges, also inside a scan."""
 
     def program(moe: Moe, x: Any, ids: Any, weights: Any) -> Any:
@@ -233,7 +245,7 @@ def test_checkpoint(policy: str):
 
         return jax.value_and_grad(total, argnums=(0, 1))(x, weights)
 
-    check(program, "cpu")
+    check(program, "cpu", config=config)
 
 
 @pytest.mark.timeout(180)

@@ -53,10 +53,11 @@ def main() -> None:
 
 
 def fit_to_gpus() -> None:
-    """Rows of whole 16-byte vectors, and meshes of all devices there are."""
+    """Widths that the kernels take, and meshes of all devices there are."""
     num = jax.device_count()
     for name, c in cases.CONFIGS.items():
-        dim = -(-c.D // 8) * 8
+        step = 8 if c.wire is None else 16
+        dim = -(-c.D // step) * step
         cases.CONFIGS[name] = dataclasses.replace(c, D=dim)
     cases.CONFIGS["all_devices"] = Config(
         R=num, T=77, D=136, E=4 * num, K=4, dtype="bfloat16", capacity_factor=1.25

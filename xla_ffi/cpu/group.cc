@@ -225,6 +225,9 @@ void Group::CreateSegment(const std::string& name, const CallShape& largest) {
                        Operation::kCombineGrad}) {
     slot_bytes = std::max(slot_bytes, Payload(op, largest).Bytes(num_remote));
   }
+  CallShape quantized = largest;  // scales make narrow tokens longer
+  quantized.wire = kWireAmax;
+  slot_bytes = std::max(slot_bytes, Payload(Operation::kDispatch, quantized).Bytes(num_remote));
   auto self = weak_from_this();
   link_ = std::make_shared<Link>(
       options_.here,

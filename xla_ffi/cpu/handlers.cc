@@ -103,20 +103,44 @@ CallShape ShapeOf(const Config& config, int64_t num_tokens, int64_t top_k, int64
           dtype};
 }
 
+// With `row_scales` the rows are handed over in FP8.
+ffi::Future DispatchRows(ffi::RunId run, int32_t device, CallState* state, const Config& config,
+                         const Ints& where, const Rows& x, const Ints& expert_ids,
+                         const Weights& weights, RowsOut rows, WeightsOut row_weights,
+                         IntsOut group_sizes, IntsOut num_rows, IntsOut num_dropped,
+                         IntsOut num_invalid, IntsOut row_map, IntsOut row_source,
+                         IntsOut choice_device, void* row_scales) {
+  const auto ids = expert_ids.dimensions();
+  CallShape shape = ShapeOf(config, ids[0], ids[1], x.dimensions()[1], row_weights->dimensions()[0],
+                            x.element_type());
+  shape.wire = static_cast<WireFormat>(config.wire);
+  shape.fp8_rows = row_scales != nullptr;
+  return Arrive(Operation::kDispatch, run, device, state, config, where, shape,
+                {{x.untyped_data(), expert_ids.untyped_data(), weights.untyped_data()},
+                 {rows->untyped_data(), row_weights->untyped_data(), group_sizes->untyped_data(),
+                  num_rows->untyped_data(), num_dropped->untyped_data(),
+                  num_invalid->untyped_data(), row_map->untyped_data(), row_source->untyped_data(),
+                  choice_device->untyped_data(), row_scales}});
+}
+
 ffi::Future Dispatch(ffi::RunId run, int32_t device, CallState* state, Config config, Ints where,
                      Rows x, Ints expert_ids, Weights weights, RowsOut rows, WeightsOut row_weights,
                      IntsOut group_sizes, IntsOut num_rows, IntsOut num_dropped,
                      IntsOut num_invalid, IntsOut row_map, IntsOut row_source,
                      IntsOut choice_device) {
-  const auto ids = expert_ids.dimensions();
-  const CallShape shape = ShapeOf(config, ids[0], ids[1], x.dimensions()[1],
-                                  row_weights->dimensions()[0], x.element_type());
-  return Arrive(
-      Operation::kDispatch, run, device, state, config, where, shape,
-      {{x.untyped_data(), expert_ids.untyped_data(), weights.untyped_data()},
-       {rows->untyped_data(), row_weights->untyped_data(), group_sizes->untyped_data(),
-        num_rows->untyped_data(), num_dropped->untyped_data(), num_invalid->untyped_data(),
-        row_map->untyped_data(), row_source->untyped_data(), choice_device->untyped_data()}});
+  return DispatchRows(run, device, state, config, where, x, expert_ids, weights, rows, row_weights,
+                      group_sizes, num_rows, num_dropped, num_invalid, row_map, row_source,
+                      choice_device, nullptr);
+}
+
+ffi::Future DispatchFp8Rows(ffi::RunId run, int32_t device, CallState* state, Config config,
+                            Ints where, Rows x, Ints expert_ids, Weights weights, RowsOut rows,
+                            WeightsOut row_weights, IntsOut group_sizes, IntsOut num_rows,
+                            IntsOut num_dropped, IntsOut num_invalid, IntsOut row_map,
+                            IntsOut row_source, IntsOut choice_device, WeightsOut row_scales) {
+  return DispatchRows(run, device, state, config, where, x, expert_ids, weights, rows, row_weights,
+                      group_sizes, num_rows, num_dropped, num_invalid, row_map, row_source,
+                      choice_device, row_scales->untyped_data());
 }
 
 ffi::Future Combine(ffi::RunId run, int32_t device, CallState* state, Config config, Ints where,
@@ -167,20 +191,26 @@ auto BindCall() {
       .Arg<Ints>();  // where: [rank, slice]
 }
 
-XLA_FFI_DEFINE_HANDLER(kDispatchHandler, Dispatch,
-                       BindCall()
-                           .Arg<Rows>()     // x [T, D]
-                           .Arg<Ints>()     // expert_ids [T, K]
-                           .Arg<Weights>()  // weights [T, K]
-                           .Ret<Rows>()     // rows [C, D]
-                           .Ret<Weights>()  // row_weights [C]
-                           .Ret<Ints>()     // group_sizes [L]
-                           .Ret<Ints>()     // num_rows []
-                           .Ret<Ints>()     // num_dropped []
-                           .Ret<Ints>()     // num_invalid []
-                           .Ret<Ints>()     // row_map [R, T, K]
-                           .Ret<Ints>()     // row_source [C]
-                           .Ret<Ints>());   // choice_device [T, K]
+auto BindDispatch() {
+  return BindCall()
+      .Arg<Rows>()     // x [T, D]
+      .Arg<Ints>()     // expert_ids [T, K]
+      .Arg<Weights>()  // weights [T, K]
+      .Ret<Rows>()     // rows [C, D]
+      .Ret<Weights>()  // row_weights [C]
+      .Ret<Ints>()     // group_sizes [L]
+      .Ret<Ints>()     // num_rows []
+      .Ret<Ints>()     // num_dropped []
+      .Ret<Ints>()     // num_invalid []
+      .Ret<Ints>()     // row_map [R, T, K]
+      .Ret<Ints>()     // row_source [C]
+      .Ret<Ints>();    // choice_device [T, K]
+}
+
+XLA_FFI_DEFINE_HANDLER(kDispatchHandler, Dispatch, BindDispatch());
+
+XLA_FFI_DEFINE_HANDLER(kDispatchFp8RowsHandler, DispatchFp8Rows,
+                       BindDispatch().Ret<Weights>());  // row_scales [C, ceil(D / 128)]
 
 XLA_FFI_DEFINE_HANDLER(kCombineHandler, Combine,
                        BindCall()
@@ -215,6 +245,7 @@ XLA_FFI_DEFINE_HANDLER(kCombineGradHandler, CombineGrad,
 const std::vector<HandlerEntry>& CpuHandlers() {
   static const auto* handlers = new std::vector<HandlerEntry>{
       {Name(Operation::kDispatch), kInstantiateHandler, kDispatchHandler},
+      {kDispatchFp8Rows, kInstantiateHandler, kDispatchFp8RowsHandler},
       {Name(Operation::kCombine), kInstantiateHandler, kCombineHandler},
       {Name(Operation::kDispatchGrad), kInstantiateHandler, kDispatchGradHandler},
       {Name(Operation::kCombineGrad), kInstantiateHandler, kCombineGradHandler},

@@ -5,6 +5,7 @@
 #include <thread>
 
 #include "xla_ffi/common/plan.h"
+#include "xla_ffi/cpu/quantize.h"
 #include "xla_ffi/cpu/rows.h"
 #include "xla_ffi/cpu/zero.h"
 
@@ -43,6 +44,9 @@ const char* Tokens(const Payload& layout, const Source& source) {
                                  : source.payload + layout.TokensOffset();
 }
 
+// Where dispatch puts the scales of FP8 rows.
+constexpr int kRowScales = 9;
+
 // One row of the expert buffer: which source it comes from, and which token of it.
 struct RowOrigin {
   int64_t source;
@@ -61,10 +65,52 @@ PlanOutputs DispatchPlan(const Buffers& own) {
           Out<int32_t>(own, 6), Out<int32_t>(own, 7), Out<int32_t>(own, 8)};
 }
 
+// Tokens of an FP8 wire, as rows.
+class QuantizedTokens {
+ public:
+  explicit QuantizedTokens(const CallShape& shape)
+      : shape_(shape),
+        math_(*WireMathFor(shape.dtype)),
+        layout_(Operation::kDispatch, shape),
+        codes_(shape.dim),
+        scales_(shape.num_scales()) {}
+
+  // Row `r` of `own` becomes that token. One of this process is quantised here, as it would have
+  // been on its way to another.
+  void Write(const Source& source, int64_t token, const Buffers& own, int64_t r) {
+    const uint8_t* codes = codes_.data();
+    const float* scales = scales_.data();
+    if (source.local != nullptr) {
+      math_.quantize(In<char>(*source.local, 0) + token * shape_.row_bytes(), shape_.dim,
+                     shape_.wire == kWirePowerOfTwo, codes_.data(), scales_.data());
+    } else {
+      codes = reinterpret_cast<const uint8_t*>(source.payload + layout_.TokensOffset()) +
+              token * shape_.dim;
+      scales = reinterpret_cast<const float*>(source.payload + layout_.ScalesOffset()) +
+               token * shape_.num_scales();
+    }
+    if (shape_.fp8_rows) {
+      HandOver(codes, scales, shape_.dim, Out<uint8_t>(own, 0) + r * shape_.dim,
+               Out<float>(own, kRowScales) + r * shape_.num_scales());
+    } else {
+      math_.dequantize(codes, scales, shape_.dim, Out<char>(own, 0) + r * shape_.row_bytes());
+    }
+  }
+
+ private:
+  const CallShape& shape_;
+  const WireMath& math_;
+  const Payload layout_;
+  std::vector<uint8_t> codes_;
+  std::vector<float> scales_;
+};
+
 void CopyRows(const CallShape& shape, const Buffers& own, const std::vector<Source>& sources,
               int64_t begin, int64_t end) {
   const Payload layout(Operation::kDispatch, shape);
-  const size_t bytes = shape.row_bytes();
+  const bool quantized = shape.wire != kWirePlain;
+  const size_t bytes = shape.fp8_rows ? shape.dim : shape.row_bytes();
+  QuantizedTokens tokens(shape);
   const int32_t* row_source = DispatchPlan(own).row_source;
   char* rows = Out<char>(own, 0);
   float* row_weights = Out<float>(own, 1);
@@ -72,7 +118,11 @@ void CopyRows(const CallShape& shape, const Buffers& own, const std::vector<Sour
   for (int64_t r = begin; r < used; ++r) {
     const RowOrigin origin = OriginOf(shape, row_source[r]);
     const Source& source = sources[origin.source];
-    std::memcpy(rows + r * bytes, Tokens(layout, source) + origin.token * bytes, bytes);
+    if (quantized) {
+      tokens.Write(source, origin.token, own, r);
+    } else {
+      std::memcpy(rows + r * bytes, Tokens(layout, source) + origin.token * bytes, bytes);
+    }
     const float* weights =
         source.local != nullptr
             ? In<float>(*source.local, 2)
@@ -81,6 +131,21 @@ void CopyRows(const CallShape& shape, const Buffers& own, const std::vector<Sour
   }
   FillZero(rows + used * bytes, (end - used) * bytes);
   std::fill(row_weights + used, row_weights + end, 0.0f);
+  if (!shape.fp8_rows) return;
+  float* scales = Out<float>(own, kRowScales);
+  std::fill(scales + used * shape.num_scales(), scales + end * shape.num_scales(), 0.0f);
+}
+
+void WriteQuantized(const CallShape& shape, const Buffers& own, char* payload) {
+  const Payload layout(Operation::kDispatch, shape);
+  const WireMath& math = *WireMathFor(shape.dtype);
+  auto* codes = reinterpret_cast<uint8_t*>(payload + layout.TokensOffset());
+  auto* scales = reinterpret_cast<float*>(payload + layout.ScalesOffset());
+  for (int64_t t = 0; t < shape.num_tokens; ++t) {
+    math.quantize(In<char>(own, 0) + t * shape.row_bytes(), shape.dim,
+                  shape.wire == kWirePowerOfTwo, codes + t * shape.dim,
+                  scales + t * shape.num_scales());
+  }
 }
 
 Work DispatchWork(const CallShape& shape, int64_t rank, const Buffers& own,
@@ -250,7 +315,11 @@ void WritePayload(Operation op, const CallShape& shape, const Buffers& own,
     }
     return;
   }
-  std::memcpy(payload + layout.TokensOffset(), own.in[0], shape.num_tokens * shape.row_bytes());
+  if (op == Operation::kDispatch && shape.wire != kWirePlain) {
+    WriteQuantized(shape, own, payload);
+  } else {
+    std::memcpy(payload + layout.TokensOffset(), own.in[0], shape.num_tokens * shape.row_bytes());
+  }
   if (op == Operation::kDispatch) {
     std::memcpy(payload + layout.IdsOffset(), own.in[1], shape.num_choices() * sizeof(int32_t));
     std::memcpy(payload + layout.ChoicesOffset(), own.in[2], shape.num_choices() * sizeof(float));

@@ -38,15 +38,22 @@ class Payload {
   // Where the n-th of these destinations finds its part.
   size_t Offset(size_t n) const { return PerDestination() ? n * PartBytes() : 0; }
 
-  // [T, D] tokens or partial sums, [T, K] int32 ids, [T, K] float32 values of choices.
+  // [T, D] tokens or partial sums, with an FP8 wire [T, D] codes and [T, ceil(D / 128)] float32
+  // scales instead; [T, K] int32 ids, [T, K] float32 values of choices.
   size_t TokensOffset() const { return 0; }
-  size_t IdsOffset() const { return Align(shape_.num_tokens * shape_.row_bytes()); }
+  size_t ScalesOffset() const { return Align(shape_.num_tokens * TokenBytes()); }
+  size_t IdsOffset() const { return ScalesOffset() + Align(ScaleBytes()); }
   size_t ChoicesOffset() const {
     return IdsOffset() + (op_ == Operation::kDispatch ? Align(ChoiceBytes()) : 0);
   }
 
  private:
   static size_t Align(size_t n) { return (n + 63) / 64 * 64; }
+  bool Quantized() const { return op_ == Operation::kDispatch && shape_.wire != kWirePlain; }
+  size_t TokenBytes() const { return Quantized() ? shape_.dim : shape_.row_bytes(); }
+  size_t ScaleBytes() const {
+    return Quantized() ? shape_.num_tokens * shape_.num_scales() * sizeof(float) : 0;
+  }
   size_t ChoiceBytes() const { return shape_.num_choices() * 4; }
   bool PerDestination() const {
     return op_ == Operation::kCombine || op_ == Operation::kDispatchGrad;
