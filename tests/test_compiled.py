@@ -86,7 +86,8 @@ def test_forward_has_two_calls_per_layer(name: str):
 @pytest.mark.parametrize("name", LAYER_CONFIGS)
 def test_train_step_has_four_calls_per_layer(name: str):
     hlo = lowered_layers(LAYER_CONFIGS[name], 2, step=True).compile().as_text()
-    assert targets(hlo) == dict.fromkeys(_ffi.TARGETS, 2)
+    calls = set(_ffi.TARGETS) - {"jaxmoe_dispatch_fp8_rows"}  # which takes no derivative
+    assert targets(hlo) == dict.fromkeys(calls, 2)
     assert not collectives(hlo) & set(STRAY)
     assert "all-reduce" in collectives(hlo)  # the guard can see a collective
 

@@ -2,12 +2,15 @@
 //
 //   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -I. -o kernels \
 //     benchmarks/cuda/kernels.cu xla_ffi/cuda/{dispatch.cu,combine.cu,groups.cc}
-//   ./kernels [--sms N] [--routing uniform|zipf|hot] [--shape T,D,K,E]
+//   ./kernels [--sms N] [--routing uniform|zipf|hot] [--shape T,D,K,E] [--wire-dtype bf16|fp8]
+//             [--rows-dtype bf16|fp8]
 //
 // For four GPUs: nvcc -DDEVICES=4 ...
 //
-// Each figure is the time of one call in us, on the slowest device: each device replays a CUDA graph
-// of 20 calls between two events; the median of five replays. Rows are bf16.
+// Each figure is the time of one call in us, on the slowest device: each device replays a CUDA
+// graph of 20 calls between two events; the median of five replays. Rows are bf16. With an FP8 wire
+// dispatch sends tokens in eight bits, and with FP8 rows hands them over so; there are no times of
+// other operations then, which have no part in either.
 //
 // Routing: each token asks for K different experts; `zipf` draws them with probabilities in the
 // ratio of 1 / rank^1.2, the most popular experts all on device 0; with `hot` every token asks for
@@ -51,12 +54,15 @@ struct Shape {
   int tokens, dim, top_k, experts;
 
   int num_local() const { return experts / kDevices; }
+  int num_scales() const { return jaxmoe::quantize::NumBlocks(dim); }
   double row_bytes() const { return dim * 2.0; }
+  double fp8_bytes() const { return dim + 4.0 * num_scales(); }
 };
 
 struct Options {
   int num_sms = 0;  // 0: all
   std::string routing = "uniform";
+  bool fp8_wire = false, fp8_rows = false;
   std::vector<Shape> shapes = {{4096, 7168, 8, 256}, {8192, 7168, 8, 256}, {1024, 7168, 8, 256},
                                {4096, 2048, 8, 128}, {4096, 4096, 2, 8},   {128, 7168, 8, 256},
                                {8, 7168, 8, 256}};
@@ -145,7 +151,8 @@ struct Calls {
   CombineArgs combine, dispatch_grad;
 };
 
-Calls MakeCalls(const Shape& s, int capacity, const std::vector<int32_t>& ids, Arena* arena) {
+Calls MakeCalls(const Shape& s, const Options& options, int capacity,
+                const std::vector<int32_t>& ids, Arena* arena) {
   const size_t row = size_t(s.dim) * 2, choices = size_t(s.tokens) * s.top_k;
   std::mt19937 rng(2);
   std::vector<uint16_t> x(size_t(s.tokens) * s.dim);
@@ -163,6 +170,8 @@ Calls MakeCalls(const Shape& s, int capacity, const std::vector<int32_t>& ids, A
             arena->Zeros<int32_t>(kDevices * choices),
             arena->Zeros<int32_t>(capacity),
             arena->Zeros<int32_t>(choices)};
+  d.wire = {options.fp8_wire ? jaxmoe::kWireAmax : jaxmoe::kWirePlain, RowType::kBf16, s.dim,
+            options.fp8_rows ? arena->Zeros<float>(size_t(capacity) * s.num_scales()) : nullptr};
   d.expert_ids = arena->Copy(ids);
   d.weights = arena->Copy(std::vector<float>(choices, 0.125f));
   c.combine.site = 2;
@@ -176,6 +185,7 @@ Calls MakeCalls(const Shape& s, int capacity, const std::vector<int32_t>& ids, A
   c.dispatch_grad.choice_device = d.plan.choice_device;
   c.dispatch_grad.choice_values = arena->Zeros<float>(choices);
   c.combine_grad = d;
+  c.combine_grad.wire = {};
   c.combine_grad.rows = arena->Zeros<char>(capacity * row);
   c.combine_grad.row_weights = arena->Zeros<float>(capacity);
   c.combine_grad.choice_device = d.plan.choice_device;
@@ -282,6 +292,18 @@ void PrintTimes(const Shape& s, const Traffic& traffic, const Group& group) {
   std::fflush(stdout);
 }
 
+void PrintQuantizedTime(const Shape& s, const Options& options, const Traffic& traffic,
+                        const Group& group) {
+  const double dispatch = Time(group.streams, [&](int d) { group.Dispatch(d); });
+  const double wire_bytes = traffic.wire_rows * s.fp8_bytes();
+  const double made = traffic.capacity * (options.fp8_rows ? s.fp8_bytes() : s.row_bytes());
+  const double memory = (s.tokens * s.row_bytes() + made) / kMemoryBytesPerUs;
+  std::printf("%5d %5d %2d %4d  %7.1f (%3.0f) %72s %4.0f\n", s.tokens, s.dim, s.top_k, s.experts,
+              dispatch, std::max(wire_bytes / kWireBytesPerUs, memory), "",
+              wire_bytes / dispatch / 1e3);
+  std::fflush(stdout);
+}
+
 void Run(const Shape& s, const Options& options, int64_t uid,
          const std::vector<cudaStream_t>& streams) {
   std::mt19937 rng(1);
@@ -300,9 +322,13 @@ void Run(const Shape& s, const Options& options, int64_t uid,
   Group group = {uid, sizes, streams, {}};
   for (int d = 0; d < kDevices; ++d) {
     Check(cudaSetDevice(d));
-    group.calls.push_back(MakeCalls(s, traffic.capacity, ids[d], &arenas[d]));
+    group.calls.push_back(MakeCalls(s, options, traffic.capacity, ids[d], &arenas[d]));
   }
-  PrintTimes(s, traffic, group);
+  if (options.fp8_wire) {
+    PrintQuantizedTime(s, options, traffic, group);
+  } else {
+    PrintTimes(s, traffic, group);
+  }
   for (int d = 0; d < kDevices; ++d) {
     const std::string error = DescribeError(*FindMember(uid, d));
     if (!error.empty()) std::printf("%s\n", error.c_str());
@@ -320,14 +346,24 @@ Options ParseOptions(int argc, char** argv) {
       options.num_sms = std::atoi(value.c_str());
     } else if (name == "--routing" && (value == "uniform" || value == "zipf" || value == "hot")) {
       options.routing = value;
+    } else if (name == "--wire-dtype" && (value == "bf16" || value == "fp8")) {
+      options.fp8_wire = value == "fp8";
+    } else if (name == "--rows-dtype" && (value == "bf16" || value == "fp8")) {
+      options.fp8_rows = value == "fp8";
     } else if (name == "--shape" && std::sscanf(value.c_str(), "%d,%d,%d,%d", &s.tokens, &s.dim,
                                                 &s.top_k, &s.experts) == 4) {
       options.shapes = {s};
     } else {
-      std::fprintf(stderr, "usage: %s [--sms N] [--routing uniform|zipf|hot] [--shape T,D,K,E]\n",
+      std::fprintf(stderr,
+                   "usage: %s [--sms N] [--routing uniform|zipf|hot] [--shape T,D,K,E] "
+                   "[--wire-dtype bf16|fp8] [--rows-dtype bf16|fp8]\n",
                    argv[0]);
       std::exit(2);
     }
+  }
+  if (options.fp8_rows && !options.fp8_wire) {
+    std::fprintf(stderr, "--rows-dtype fp8 needs --wire-dtype fp8\n");
+    std::exit(2);
   }
   return options;
 }
@@ -343,9 +379,11 @@ int main(int argc, char** argv) {
   }
   cudaDeviceProp properties;
   Check(cudaGetDeviceProperties(&properties, 0));
-  std::printf("%d x %s, %d multiprocessors, routing %s; us (floor)\n", kDevices, properties.name,
+  std::printf("%d x %s, %d multiprocessors, routing %s, %s on the wire, rows in %s; us (floor)\n",
+              kDevices, properties.name,
               options.num_sms ? options.num_sms : properties.multiProcessorCount,
-              options.routing.c_str());
+              options.routing.c_str(), options.fp8_wire ? "fp8" : "bf16",
+              options.fp8_rows ? "fp8" : "bf16");
   std::printf("    T     D  K    E  %13s  %13s  %13s  %13s  %7s  wire GB/s\n", "dispatch",
               "combine", "d_dispatch", "d_combine", "pair");
   int64_t uid = 1;

@@ -93,6 +93,10 @@ def why_not_sizes(spec: GroupSpec) -> str:
             _row_bytes(spec) % 16 == 0,
             f"rows of whole 16 bytes; dim {spec.dim} of {spec.dtype} is not",
         ),
+        (
+            spec.wire_dtype is None or spec.dim % 16 == 0,
+            f"a dim that is a multiple of 16 for an FP8 wire, got {spec.dim}",
+        ),
         (spec.top_k <= 32, f"top_k of at most 32, got {spec.top_k}"),
         (spec.num_devices <= 72, f"at most 72 devices on the expert axis, got {spec.num_devices}"),
         (

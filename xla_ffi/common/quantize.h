@@ -33,7 +33,7 @@ constexpr uint32_t kLeastExponent = 127 - 116;
 // Codes. In a block with a NaN or an infinity kMinus means NaN, and the two NaNs the infinities.
 constexpr uint32_t kNan = 0x7f, kLargest = 0x7e, k240 = 0x77, kMinus = 0x80;
 
-constexpr int64_t NumBlocks(int64_t dim) { return (dim + kBlock - 1) / kBlock; }
+JAXMOE_SHARED constexpr int64_t NumBlocks(int64_t dim) { return (dim + kBlock - 1) / kBlock; }
 
 JAXMOE_SHARED float Float(uint32_t bits) {
   float f;

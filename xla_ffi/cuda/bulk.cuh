@@ -113,7 +113,8 @@ __device__ __forceinline__ void WaitWritten() {
 }
 
 // A warp's ring of buffers, driven by one lane: Load pieces in order, at most kBuffers ahead; for
-// each piece Loaded, then StartStore from it any number of times, then Next.
+// each piece Loaded, then StartStore from it any number of times, then Next. Other lanes may call
+// Loaded and Next as well, for every piece, to read and write it in between.
 template <int kBuffers, int kBytes>
 class BulkRing {
  public:
@@ -133,7 +134,7 @@ class BulkRing {
     const uint32_t i = NextBuffer();
     StartLoad(buffers_ + i * kBytes, from, bytes, &barriers_[i], policy);
   }
-  __device__ const char* Loaded() {
+  __device__ char* Loaded() {
     const uint32_t i = stored_ % kBuffers;
     WaitLoad(&barriers_[i], stored_ / kBuffers % 2);
     return buffers_ + i * kBytes;

@@ -27,6 +27,7 @@ namespace {
 constexpr int kThreads = kCopyThreads;
 constexpr int kCrewBarrier = 1;
 constexpr int kGradSenderPercent = 20;  // of the blocks
+constexpr int kQuantizingSenderPercent = 20;
 constexpr int kUnitsPerWarp = 4;
 constexpr int kCopySharedBytes = kCopyWarps * CopyRing::kSharedBytes;
 // The gradient's senders load pieces where they had copied tokens; the lists are behind both.
@@ -72,29 +73,36 @@ __device__ CopyUnit NextUnit(const Call& call, const Sizes& sizes, const Dispatc
 
 // A part of a token that is being loaded.
 struct Part {
-  int at, bytes;
+  int index;
+  bool own;
   int row;
   unsigned rows;  // 0: none
 };
 
-__device__ void StorePart(const Sizes& sizes, const DispatchArgs& args, CopyRing& ring,
+template <typename Wire>
+__device__ void StorePart(const DispatchArgs& args, const Wire& wire, CopyRing& ring,
                           const Part& part, uint64_t policy) {
   if (part.rows == 0) return;
   const bool leader = threadIdx.x % 32 == 0;
-  const char* loaded = leader ? ring.Loaded() : nullptr;
+  char* loaded = Wire::kConverts || leader ? ring.Loaded() : nullptr;
+  float scale = 0.0f;
+  if constexpr (Wire::kConverts) scale = wire.MakeRow(loaded, part.index, part.own);
+  const Span span = wire.Row(part.index);
   for (unsigned rest = part.rows; rest != 0; rest &= rest - 1) {
     const int row = __shfl_sync(~0u, part.row, __ffs(rest) - 1);
-    char* to = args.rows + size_t(row) * sizes.row_bytes + part.at;
-    if (leader) StartStore(to, loaded, part.bytes, policy);
+    char* to = args.rows + size_t(row) * wire.RowBytes() + span.at;
+    if (leader) StartStore(to, loaded, span.bytes, policy);
+    if constexpr (Wire::kConverts) wire.StoreScale(row, part.index, scale);
   }
-  if (leader) ring.Next();
+  if (Wire::kConverts || leader) ring.Next();
 }
 
 // Rows of all tokens, by all warps that call this; each load starts one part ahead.
+template <typename Wire>
 __device__ void CopyTokens(const Call& call, const Sizes& sizes, const DispatchArgs& args,
-                           CopyRing& ring, bool* ok) {
+                           const Wire& wire, CopyRing& ring, bool* ok) {
   const int lane = threadIdx.x % 32;
-  const int parts = (sizes.row_bytes + kCopyBytes - 1) / kCopyBytes;
+  const int parts = wire.NumParts();
   const int per_unit = min(max(sizes.num_tokens * sizes.num_devices * parts /
                                    int(gridDim.x * kCopyWarps * kUnitsPerWarp),
                                1),
@@ -119,31 +127,40 @@ __device__ void CopyTokens(const Call& call, const Sizes& sizes, const DispatchA
     *ok = __shfl_sync(~0u, *ok, 0);
     if (!*ok) break;
     for (int i = unit.part; rows != 0 && i < unit.end; ++i) {
-      const int at = i * kCopyBytes;
-      const Part part = {at, min(kCopyBytes, sizes.row_bytes - at), unit.row, rows};
+      const Span span = own ? wire.Own(i) : wire.Arrived(i);
       if (lane == 0) {
         if (own) {
-          ring.Load(from + at, part.bytes);
+          ring.Load(from + span.at, span.bytes);
         } else {
-          ring.Load(from + at, part.bytes, policy);
+          ring.Load(from + span.at, span.bytes, policy);
         }
       }
-      StorePart(sizes, args, ring, pending, policy);
-      pending = part;
+      StorePart(args, wire, ring, pending, policy);
+      pending = {i, own, unit.row, rows};
     }
     unit = next;
   }
-  StorePart(sizes, args, ring, pending, policy);
+  StorePart(args, wire, ring, pending, policy);
+}
+
+// Words of row_scales in a row.
+__device__ int NumScales(const DispatchArgs& args) {
+  return args.wire.row_scales == nullptr ? 0 : quantize::NumBlocks(args.wire.dim);
 }
 
 __device__ void ZeroTail(const Sizes& sizes, const DispatchArgs& args, const Crew& crew,
-                         int num_rows) {
-  const size_t begin = size_t(num_rows) * (sizes.row_bytes / 16);
-  const size_t end = size_t(sizes.capacity) * (sizes.row_bytes / 16);
+                         int num_rows, int row_bytes) {
+  const size_t begin = size_t(num_rows) * (row_bytes / 16);
+  const size_t end = size_t(sizes.capacity) * (row_bytes / 16);
   const size_t stride = size_t(crew.num_blocks) * crew.num_threads;
   for (size_t i = begin + size_t(crew.block) * crew.num_threads + crew.thread; i < end;
        i += stride) {
     StoreStreaming(AsVectors(args.rows) + i, make_uint4(0, 0, 0, 0));
+  }
+  const size_t scales = NumScales(args);
+  for (size_t i = num_rows * scales + size_t(crew.block) * crew.num_threads + crew.thread;
+       i < sizes.capacity * scales; i += stride) {
+    args.wire.row_scales[i] = 0.0f;
   }
 }
 
@@ -181,8 +198,9 @@ __device__ void AwaitPlan(const Call& call, bool* ok) {
 }
 
 // Nobody shall take half a result for a whole one: rows of NaN, and a plan without rows.
-__device__ void PoisonDispatch(const Sizes& sizes, const DispatchArgs& args) {
-  PoisonRows(args.rows, sizes.capacity, sizes.row_bytes);
+__device__ void PoisonDispatch(const Sizes& sizes, const DispatchArgs& args, int row_bytes) {
+  PoisonRows(args.rows, sizes.capacity, row_bytes);
+  FillArray(args.wire.row_scales, size_t(sizes.capacity) * NumScales(args), __int_as_float(-1));
   FillArray(args.row_weights, sizes.capacity, __int_as_float(-1));
   FillArray(args.plan.group_sizes, sizes.num_local_experts, 0);
   FillArray(args.plan.num_rows, 1, 0);
@@ -194,7 +212,7 @@ __device__ void PoisonDispatch(const Sizes& sizes, const DispatchArgs& args) {
 }
 
 // dispatch.
-template <bool kPuts>
+template <typename Wire, bool kPuts>
 __global__ __launch_bounds__(kThreads,
                              1) void DispatchKernel(const __grid_constant__ Peers peers,
                                                     const __grid_constant__ Layout layout,
@@ -204,6 +222,7 @@ __global__ __launch_bounds__(kThreads,
   extern __shared__ __align__(128) char shared[];
   __shared__ uint64_t barriers[kCopyWarps][kCopyBuffers];
   const Call call(peers, layout, kDispatch);
+  const Wire wire(sizes, args);
   const int warp = threadIdx.x / 32;
   CopyRing ring(shared + warp * CopyRing::kSharedBytes, barriers[warp]);
   if (threadIdx.x % 32 == 0) ring.Init();
@@ -213,7 +232,8 @@ __global__ __launch_bounds__(kThreads,
     const int num_expanders = gridDim.x - num_senders;
     SendChoices<kPuts>(call, sizes, args);
     if (blockIdx.x >= num_expanders) {
-      SendTokens<true, kPuts>(call, sizes, args, ring, blockIdx.x - num_expanders, num_senders);
+      SendTokens<true, kPuts>(call, sizes, args, wire, ring, blockIdx.x - num_expanders,
+                              num_senders);
       AwaitPlan(call, &ok);
     } else {
       ExchangeHeaders<kPuts>(call, sizes.num_devices,
@@ -221,12 +241,12 @@ __global__ __launch_bounds__(kThreads,
       const Crew crew{kCrewBarrier, kThreads, int(threadIdx.x), int(blockIdx.x), num_expanders};
       const int num_rows =
           PlanRows(call, sizes, args, crew, reinterpret_cast<int32_t*>(shared), &ok);
-      if (ok) ZeroTail(sizes, args, crew, num_rows);
+      if (ok) ZeroTail(sizes, args, crew, num_rows, wire.RowBytes());
     }
-    if (ok) CopyTokens(call, sizes, args, ring, &ok);
+    if (ok) CopyTokens(call, sizes, args, wire, ring, &ok);
     if (threadIdx.x % 32 == 0) WaitWritten();
   }
-  EndCall(call, [&] { PoisonDispatch(sizes, args); });
+  EndCall(call, [&] { PoisonDispatch(sizes, args, wire.RowBytes()); });
 }
 
 // The gradient of combine.
@@ -253,14 +273,14 @@ __global__ __launch_bounds__(kThreads,
       CopyRing copy_ring(shared + warp * CopyRing::kSharedBytes, copy_barriers[warp]);
       if (threadIdx.x % 32 == 0) copy_ring.Init();
       __syncwarp();
-      SendTokens<false, kPuts>(call, sizes, args, copy_ring, blockIdx.x - num_expanders,
-                               num_senders);
+      SendTokens<false, kPuts>(call, sizes, args, PlainWire(sizes, args), copy_ring,
+                               blockIdx.x - num_expanders, num_senders);
       __syncthreads();  // the buffers change their owners
     } else {
       ExchangeHeaders<kPuts>(call, sizes.num_devices,
                              HeaderHash(call, sizes.num_tokens, args.site));
       const Crew crew{kCrewBarrier, kThreads, int(threadIdx.x), int(blockIdx.x), num_expanders};
-      ZeroTail(sizes, args, crew, *args.num_rows);
+      ZeroTail(sizes, args, crew, *args.num_rows, sizes.row_bytes);
       for (int r = *args.num_rows + crew.block * crew.num_threads + crew.thread; r < sizes.capacity;
            r += crew.num_blocks * crew.num_threads) {
         args.row_weights[r] = 0.0f;
@@ -299,25 +319,43 @@ cudaError_t LaunchGrad(cudaStream_t stream, int num_blocks, const Peers& peers,
              : LaunchGrad<T, kShortPiece, false>(stream, num_blocks, peers, layout, sizes, args);
 }
 
-template <bool kPuts>
+template <typename Wire, bool kPuts>
 cudaError_t Launch(cudaStream_t stream, int num_blocks, const Peers& peers, const Layout& layout,
                    const Sizes& sizes, const DispatchArgs& args) {
   const cudaError_t error = cudaFuncSetAttribute(
-      DispatchKernel<kPuts>, cudaFuncAttributeMaxDynamicSharedMemorySize, kCopySharedBytes);
+      DispatchKernel<Wire, kPuts>, cudaFuncAttributeMaxDynamicSharedMemorySize, kCopySharedBytes);
   if (error != cudaSuccess) return error;
-  DispatchKernel<kPuts><<<num_blocks, kThreads, kCopySharedBytes, stream>>>(
-      peers, layout, sizes, args, NumSenders(num_blocks, sizes.num_devices, SenderPercent(sizes)));
+  const int percent = Wire::kConverts ? kQuantizingSenderPercent : SenderPercent(sizes);
+  DispatchKernel<Wire, kPuts><<<num_blocks, kThreads, kCopySharedBytes, stream>>>(
+      peers, layout, sizes, args, NumSenders(num_blocks, sizes.num_devices, percent));
   return cudaGetLastError();
+}
+
+template <typename Wire>
+cudaError_t Launch(cudaStream_t stream, int num_blocks, const Peers& peers, const Layout& layout,
+                   const Sizes& sizes, const DispatchArgs& args) {
+  if constexpr (kWithPuts) {
+    if (peers.puts) return Launch<Wire, true>(stream, num_blocks, peers, layout, sizes, args);
+  }
+  return Launch<Wire, false>(stream, num_blocks, peers, layout, sizes, args);
 }
 
 }  // namespace
 
 cudaError_t LaunchDispatch(cudaStream_t stream, int num_blocks, const Peers& peers,
                            const Layout& layout, const Sizes& sizes, const DispatchArgs& args) {
-  if constexpr (kWithPuts) {
-    if (peers.puts) return Launch<true>(stream, num_blocks, peers, layout, sizes, args);
+  if (args.wire.format == kWirePlain) {
+    return Launch<PlainWire>(stream, num_blocks, peers, layout, sizes, args);
   }
-  return Launch<false>(stream, num_blocks, peers, layout, sizes, args);
+  switch (args.wire.type) {
+    case RowType::kBf16:
+      return Launch<QuantizedWire<__nv_bfloat16>>(stream, num_blocks, peers, layout, sizes, args);
+    case RowType::kF16:
+      return Launch<QuantizedWire<__half>>(stream, num_blocks, peers, layout, sizes, args);
+    case RowType::kF32:
+      return Launch<QuantizedWire<float>>(stream, num_blocks, peers, layout, sizes, args);
+  }
+  return cudaErrorInvalidValue;
 }
 
 cudaError_t LaunchCombineGrad(cudaStream_t stream, int num_blocks, const Peers& peers,

@@ -74,10 +74,14 @@ ffi::Error Status(cudaError_t error) {
   return ffi::Error::Internal(std::string("jaxmoe: launch failed: ") + cudaGetErrorString(error));
 }
 
-ffi::Error Dispatch(cudaStream_t stream, int32_t device, Config config, Ints, Rows x,
-                    Ints expert_ids, Weights weights, RowsOut rows, WeightsOut row_weights,
-                    IntsOut group_sizes, IntsOut num_rows, IntsOut num_dropped, IntsOut num_invalid,
-                    IntsOut row_map, IntsOut row_source, IntsOut choice_device) {
+// With `row_scales` the rows are handed over in FP8.
+ffi::Error DispatchRows(cudaStream_t stream, int32_t device, const Config& config, const Rows& x,
+                        const Ints& expert_ids, const Weights& weights, RowsOut rows,
+                        WeightsOut row_weights, IntsOut group_sizes, IntsOut num_rows,
+                        IntsOut num_dropped, IntsOut num_invalid, IntsOut row_map,
+                        IntsOut row_source, IntsOut choice_device, float* row_scales) {
+  auto type = TypeOf(x.element_type());
+  if (type.has_error()) return type.error();
   auto member = MemberOf(config, device);
   if (member.has_error()) return member.error();
   DispatchArgs args = {};
@@ -90,10 +94,31 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, Config config, Ints, Ro
                choice_device->typed_data()};
   args.expert_ids = expert_ids.typed_data();
   args.weights = weights.typed_data();
+  args.wire = {static_cast<WireFormat>(config.wire), *type, static_cast<int>(x.dimensions()[1]),
+               row_scales};
   const Sizes sizes = SizesOf(config, x.dimensions()[0], row_weights->dimensions()[0],
                               x.dimensions()[1], x.element_type());
   const Member& m = **member;
   return Status(LaunchDispatch(stream, m.num_blocks, m.peers, m.layout(), sizes, args));
+}
+
+ffi::Error Dispatch(cudaStream_t stream, int32_t device, Config config, Ints, Rows x,
+                    Ints expert_ids, Weights weights, RowsOut rows, WeightsOut row_weights,
+                    IntsOut group_sizes, IntsOut num_rows, IntsOut num_dropped, IntsOut num_invalid,
+                    IntsOut row_map, IntsOut row_source, IntsOut choice_device) {
+  return DispatchRows(stream, device, config, x, expert_ids, weights, rows, row_weights,
+                      group_sizes, num_rows, num_dropped, num_invalid, row_map, row_source,
+                      choice_device, nullptr);
+}
+
+ffi::Error DispatchFp8Rows(cudaStream_t stream, int32_t device, Config config, Ints, Rows x,
+                           Ints expert_ids, Weights weights, RowsOut rows, WeightsOut row_weights,
+                           IntsOut group_sizes, IntsOut num_rows, IntsOut num_dropped,
+                           IntsOut num_invalid, IntsOut row_map, IntsOut row_source,
+                           IntsOut choice_device, WeightsOut row_scales) {
+  return DispatchRows(stream, device, config, x, expert_ids, weights, rows, row_weights,
+                      group_sizes, num_rows, num_dropped, num_invalid, row_map, row_source,
+                      choice_device, row_scales->typed_data());
 }
 
 ffi::Error LaunchSum(cudaStream_t stream, int32_t device, const Config& config, const Rows& rows,
@@ -164,6 +189,22 @@ auto BindCall() {
       .Arg<Ints>();  // where: used on the host only
 }
 
+auto BindDispatch() {
+  return BindCall()
+      .Arg<Rows>()     // x [T, D]
+      .Arg<Ints>()     // expert_ids [T, K]
+      .Arg<Weights>()  // weights [T, K]
+      .Ret<Rows>()     // rows [C, D]
+      .Ret<Weights>()  // row_weights [C]
+      .Ret<Ints>()     // group_sizes [L]
+      .Ret<Ints>()     // num_rows []
+      .Ret<Ints>()     // num_dropped []
+      .Ret<Ints>()     // num_invalid []
+      .Ret<Ints>()     // row_map [R, T, K]
+      .Ret<Ints>()     // row_source [C]
+      .Ret<Ints>();    // choice_device [T, K]
+}
+
 // Copies a message into the caller's buffer.
 int Report(const std::exception& error, char* message, int size) {
   std::strncpy(message, error.what(), size - 1);
@@ -181,20 +222,11 @@ int Report(const std::exception& error, char* message, int size) {
   XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, jaxmoe::cuda::function, binding, \
                                 {ffi::Traits::kCmdBufferCompatible})
 
-JAXMOE_HANDLER(jaxmoe_dispatch, Dispatch,
-               jaxmoe::cuda::BindCall()
-                   .Arg<ffi::AnyBuffer>()           // x [T, D]
-                   .Arg<ffi::Buffer<ffi::S32>>()    // expert_ids [T, K]
-                   .Arg<ffi::Buffer<ffi::F32>>()    // weights [T, K]
-                   .Ret<ffi::AnyBuffer>()           // rows [C, D]
-                   .Ret<ffi::Buffer<ffi::F32>>()    // row_weights [C]
-                   .Ret<ffi::Buffer<ffi::S32>>()    // group_sizes [L]
-                   .Ret<ffi::Buffer<ffi::S32>>()    // num_rows []
-                   .Ret<ffi::Buffer<ffi::S32>>()    // num_dropped []
-                   .Ret<ffi::Buffer<ffi::S32>>()    // num_invalid []
-                   .Ret<ffi::Buffer<ffi::S32>>()    // row_map [R, T, K]
-                   .Ret<ffi::Buffer<ffi::S32>>()    // row_source [C]
-                   .Ret<ffi::Buffer<ffi::S32>>());  // choice_device [T, K]
+JAXMOE_HANDLER(jaxmoe_dispatch, Dispatch, jaxmoe::cuda::BindDispatch());
+
+JAXMOE_HANDLER(
+    jaxmoe_dispatch_fp8_rows, DispatchFp8Rows,
+    jaxmoe::cuda::BindDispatch().Ret<ffi::Buffer<ffi::F32>>());  // row_scales [C, ceil(D / 128)]
 
 JAXMOE_HANDLER(jaxmoe_combine, Combine,
                jaxmoe::cuda::BindCall()

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "xla_ffi/common/quantize.h"
 #include "xla_ffi/cuda/layout.h"
 
 namespace jaxmoe::cuda {
@@ -44,13 +45,22 @@ struct PlanArrays {
   int32_t* choice_device;  // [T, K]
 };
 
+// How tokens travel, and the rows that are made of them.
+struct WireArgs {
+  WireFormat format;  // the gradient: kWirePlain
+  RowType type;       // of the tokens
+  int dim;            // D; with an FP8 wire a multiple of 16
+  float* row_scales;  // [C, ceil(D / 128)] out: of rows that are handed over in FP8; else null
+};
+
 // dispatch and the gradient of combine. The latter reads row_map from `plan`.
 struct DispatchArgs {
   uint32_t site;
-  const char* tokens;            // [T, D] x or d_y
-  char* rows;                    // [C, D] out: rows or d_rows
-  float* row_weights;            // [C] out: row_weights or d_row_weights
-  PlanArrays plan;               // dispatch: out
+  const char* tokens;  // [T, D] x or d_y
+  char* rows;          // [C, D] out: rows or d_rows
+  float* row_weights;  // [C] out: row_weights or d_row_weights
+  PlanArrays plan;     // dispatch: out
+  WireArgs wire;
   const int32_t* expert_ids;     // [T, K] dispatch
   const float* weights;          // [T, K] dispatch
   const int32_t* choice_device;  // [T, K] gradient

@@ -6,16 +6,11 @@
 #include "xla_ffi/cuda/bulk.cuh"
 #include "xla_ffi/cuda/launch.h"
 #include "xla_ffi/cuda/protocol.cuh"
+#include "xla_ffi/cuda/wire.cuh"
 
 namespace jaxmoe::cuda {
 
-constexpr int kCopyWarps = 16;
-constexpr int kCopyThreads = kCopyWarps * 32;
-// Each warp moves rows in parts of this size through buffers of its own.
-constexpr int kCopyBytes = 3584;
-constexpr int kCopyBuffers = 3;
 constexpr int kSendBarrier = 2;  // and the next ones
-using CopyRing = BulkRing<kCopyBuffers, kCopyBytes>;
 
 // Copies this device's choices to all peers, one part for each flag.
 template <bool kPuts>
@@ -53,28 +48,6 @@ __device__ void SendChoices(const Call& call, const Sizes& sizes, const Dispatch
   }
 }
 
-// Copies one row, piece by piece, to each of the places that `place(i)` gives for i in `mask`.
-template <typename Place>
-__device__ void CopyRow(CopyRing& ring, const char* from, int row_bytes, unsigned mask,
-                        Place place) {
-  const bool leader = threadIdx.x % 32 == 0;
-  const int pieces = (row_bytes + kCopyBytes - 1) / kCopyBytes;
-  auto bytes_of = [&](int piece) { return min(kCopyBytes, row_bytes - piece * kCopyBytes); };
-  if (leader) ring.Load(from, bytes_of(0));
-  for (int piece = 0; piece < pieces; ++piece) {
-    const char* loaded = nullptr;
-    if (leader) {
-      if (piece + 1 < pieces) ring.Load(from + (piece + 1) * kCopyBytes, bytes_of(piece + 1));
-      loaded = ring.Loaded();
-    }
-    for (unsigned rest = mask; rest != 0; rest &= rest - 1) {
-      char* to = place(__ffs(rest) - 1);
-      if (leader) StartStore(to + piece * kCopyBytes, loaded, bytes_of(piece));
-    }
-    if (leader) ring.Next();
-  }
-}
-
 // The device that choice k of a token asks for, in lane k; -1 without one and in lanes past K.
 template <bool kPlan>
 __device__ int DeviceOfChoice(const Sizes& sizes, const DispatchArgs& args, int token) {
@@ -93,27 +66,27 @@ __device__ inline unsigned FirstForPeers(const Call& call, int device) {
   return __ballot_sync(~0u, first && device >= 0 && device != call.peers.rank);
 }
 
-// Copies a token to every other device that one of its choices asks for.
-template <bool kPlan, bool kPuts>
+// Sends a token to every other device that one of its choices asks for.
+template <bool kPlan, bool kPuts, typename Wire>
 __device__ void SendToken(const Call& call, const Sizes& sizes, const DispatchArgs& args,
-                          CopyRing& ring, int token) {
+                          const Wire& wire, CopyRing& ring, int token) {
   const int device = DeviceOfChoice<kPlan>(sizes, args, token);
   const unsigned send = FirstForPeers(call, device);
   if (send == 0) return;
   const size_t at = call.layout.Row(call.parity, call.peers.rank, token);
-  CopyRow(ring, args.tokens + size_t(token) * sizes.row_bytes, sizes.row_bytes, send,
-          [&](int i) { return call.Outbox<kPuts>(__shfl_sync(~0u, device, i)) + at; });
+  wire.Send(ring, args.tokens + size_t(token) * sizes.row_bytes, send,
+            [&](int i) { return call.Outbox<kPuts>(__shfl_sync(~0u, device, i)) + at; });
 }
 
 // Puts a token from this device's outbox to those devices that stores do not reach.
 template <bool kPlan>
 __device__ void PutToken(const Call& call, const Sizes& sizes, const DispatchArgs& args,
-                         int token) {
+                         int wire_bytes, int token) {
   const int device = DeviceOfChoice<kPlan>(sizes, args, token);
   char* at = call.own() + call.layout.Row(call.parity, call.peers.rank, token);
   for (unsigned rest = FirstForPeers(call, device); rest != 0; rest &= rest - 1) {
     const int peer = __shfl_sync(~0u, device, __ffs(rest) - 1);
-    if (!call.Reaches<true>(peer)) PutWarp(at, at, sizes.row_bytes, call.peers.pe[peer]);
+    if (!call.Reaches<true>(peer)) PutWarp(at, at, wire_bytes, call.peers.pe[peer]);
   }
 }
 
@@ -125,9 +98,9 @@ __device__ inline int WarpsPerChunk(int num_senders) {
   return num_senders > kFewSenders ? kChunkTokens : 1;
 }
 
-template <bool kPlan, bool kPuts>
+template <bool kPlan, bool kPuts, typename Wire>
 __device__ void SendTokens(const Call& call, const Sizes& sizes, const DispatchArgs& args,
-                           CopyRing& ring, int sender, int num_senders) {
+                           const Wire& wire, CopyRing& ring, int sender, int num_senders) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int share = WarpsPerChunk(num_senders);
   const int slot = warp / share, chunks_at_once = kCopyWarps / share;
@@ -136,7 +109,7 @@ __device__ void SendTokens(const Call& call, const Sizes& sizes, const DispatchA
        chunk += num_senders * chunks_at_once) {
     const int end = min((chunk + 1) * kChunkTokens, sizes.num_tokens);
     for (int token = chunk * kChunkTokens + warp % share; token < end; token += share) {
-      SendToken<kPlan, kPuts>(call, sizes, args, ring, token);
+      SendToken<kPlan, kPuts>(call, sizes, args, wire, ring, token);
     }
     if (lane == 0) {
       WaitWritten();
@@ -148,7 +121,7 @@ __device__ void SendTokens(const Call& call, const Sizes& sizes, const DispatchA
     FenceSystem();
     if constexpr (kPuts) {
       for (int token = chunk * kChunkTokens; token < end; ++token) {
-        PutToken<kPlan>(call, sizes, args, token);
+        PutToken<kPlan>(call, sizes, args, wire.TokenBytes(), token);
       }
       __syncwarp();
     }
