@@ -20,6 +20,7 @@ import spec
 from cases import CASES, Case, Config
 from jax.sharding import NamedSharding, PartitionSpec
 from test_transports import SUMS, assert_same_bits, floats
+from test_wire_dispatch import WIRE_CASES, dispatched, float_inputs
 
 import jaxmoe
 
@@ -75,10 +76,28 @@ def test_floats_give_the_same_bits(case: Case):
     np.testing.assert_array_equal(got["y"][0], y)  # in the documented order
 
 
+@pytest.mark.parametrize("fp8_rows", [False, True])
+@pytest.mark.parametrize("case", WIRE_CASES, ids=str)
+def test_an_fp8_wire_carries_all_numbers(case: Case, fp8_rows: bool):
+    """Of all magnitudes, NaN and infinities; rows in FP8 have their scales."""
+    config = dataclasses.replace(on_gpus(case.config), fp8_rows=fp8_rows)
+    inputs = float_inputs(case, config)
+    (got, plan), (want, _) = (dispatched(config, t, inputs) for t in ("p2p", "xla"))
+    assert plan.num_rows.sum() > 0
+    if fp8_rows:
+        assert_same_bits(got.values, want.values, "values")
+        assert_same_bits(got.scales, want.scales, "scales")
+    else:  # which bits a NaN has is not promised
+        np.testing.assert_array_equal(got.astype(np.float32), want.astype(np.float32))
+
+
 @pytest.mark.parametrize("num_sms", [2, 24])
-def test_fewer_multiprocessors_give_the_same_bits(num_sms: int):
+@pytest.mark.parametrize("wire_dtype", [None, jnp.float8_e4m3fn], ids=["plain", "fp8"])
+def test_fewer_multiprocessors_give_the_same_bits(num_sms: int, wire_dtype: object):
     mesh = jax.make_mesh((GPUS,), ("expert",))
     sizes = {"num_experts": 64, "top_k": 8, "dim": 1032, "max_tokens": 999}
+    if wire_dtype is not None:
+        sizes |= {"dim": 1936, "wire_dtype": wire_dtype}
     results = []
     for sms in (None, num_sms):
         group = jaxmoe.ExpertParallel(mesh, **sizes, transport="p2p", num_sms=sms, timeout=20)

@@ -48,4 +48,5 @@ def run(num_tokens: int, dim: int, top_k: int, num_experts: int, **options: obje
 run(37, 1032, 3, 8)
 run(64, 7168, 8, 32, capacity_factor=0.5, num_sms=6)
 run(5, 16, 1, 4)
+run(37, 1936, 3, 8, wire_dtype=jnp.float8_e4m3fn)
 print("all operations ran", flush=True)

@@ -97,6 +97,17 @@ __device__ void StorePart(const DispatchArgs& args, const Wire& wire, CopyRing& 
   if (Wire::kConverts || leader) ring.Next();
 }
 
+// Waits until a peer's token is here.
+__device__ bool AwaitToken(const Call& call, const CopyUnit& unit, bool ok) {
+  if (threadIdx.x % 32 == 0) {
+    const auto* flag = reinterpret_cast<const uint64_t*>(
+        call.own() + call.layout.ChunkFlag(call.parity, unit.source, unit.token / kChunkTokens));
+    call.Wait(flag, kEpochShift, call.epoch, unit.source, kPhaseRows, &ok);
+    FenceBulk();
+  }
+  return __shfl_sync(~0u, ok, 0);
+}
+
 // Rows of all tokens, by all warps that call this; each load starts one part ahead.
 template <typename Wire>
 __device__ void CopyTokens(const Call& call, const Sizes& sizes, const DispatchArgs& args,
@@ -112,23 +123,23 @@ __device__ void CopyTokens(const Call& call, const Sizes& sizes, const DispatchA
   Tickets tickets(call);
   Part pending = {};
   CopyUnit unit = NextUnit(call, sizes, args, units_per_token, parts, tickets);
-  while (unit.token >= 0) {
-    const CopyUnit next = NextUnit(call, sizes, args, units_per_token, parts, tickets);
+  for (bool more = true; more;) {
+    CopyUnit next = {};
     const bool own = unit.source == call.peers.rank;
+    const unsigned rows = __ballot_sync(~0u, unit.row >= 0);
+    more = unit.token >= 0;
+    if (more) {
+      next = NextUnit(call, sizes, args, units_per_token, parts, tickets);
+      if (!own) *ok = AwaitToken(call, unit, *ok);
+      more = *ok;
+    }
     const char* from = own ? args.tokens + size_t(unit.token) * sizes.row_bytes
                            : call.own() + call.layout.Row(call.parity, unit.source, unit.token);
-    const unsigned rows = __ballot_sync(~0u, unit.row >= 0);
-    if (!own && lane == 0) {
-      const auto* flag = reinterpret_cast<const uint64_t*>(
-          call.own() + call.layout.ChunkFlag(call.parity, unit.source, unit.token / kChunkTokens));
-      call.Wait(flag, kEpochShift, call.epoch, unit.source, kPhaseRows, ok);
-      FenceBulk();
-    }
-    *ok = __shfl_sync(~0u, *ok, 0);
-    if (!*ok) break;
-    for (int i = unit.part; rows != 0 && i < unit.end; ++i) {
+    // A last turn stores what is pending.
+    const int end = !more ? unit.part + 1 : rows == 0 ? unit.part : unit.end;
+    for (int i = unit.part; i < end; ++i) {
       const Span span = own ? wire.Own(i) : wire.Arrived(i);
-      if (lane == 0) {
+      if (more && lane == 0) {
         if (own) {
           ring.Load(from + span.at, span.bytes);
         } else {
@@ -140,7 +151,6 @@ __device__ void CopyTokens(const Call& call, const Sizes& sizes, const DispatchA
     }
     unit = next;
   }
-  StorePart(args, wire, ring, pending, policy);
 }
 
 // Words of row_scales in a row.

@@ -84,7 +84,7 @@ template <typename T, int kNumbers>
 class PartQuantizer {
  public:
   // T[n] becomes a part on the wire.
-  __device__ __noinline__ static void Quantize(char* part, int n, bool power_of_two) {
+  __device__ __forceinline__ static void Quantize(char* part, int n, bool power_of_two) {
     const int lane = threadIdx.x % 32;
     uint4 v[kSteps][kVectors];
     uint32_t most[kSteps];
@@ -116,7 +116,7 @@ class PartQuantizer {
   }
 
   // The reverse: a part on the wire becomes T[n].
-  __device__ __noinline__ static void Dequantize(char* part, int n) {
+  __device__ __forceinline__ static void Dequantize(char* part, int n) {
     const int lane = threadIdx.x % 32;
     const float own_scale = OwnScale(part, n);
     uint2 codes[kSteps];
