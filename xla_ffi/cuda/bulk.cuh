@@ -18,6 +18,12 @@ __device__ __forceinline__ uint32_t SharedAddress(const void* p) {
 // Ordinary accesses before this come before bulk copies after it.
 __device__ __forceinline__ void FenceBulk() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
+// The same for accesses to this block's shared memory alone: it waits for no store to global
+// memory.
+__device__ __forceinline__ void FenceBulkShared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // A barrier in shared memory whose phase is over after `count` arrivals.
 __device__ __forceinline__ void InitBarrier(uint64_t* barrier, int count = 1) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(SharedAddress(barrier)), "r"(count)

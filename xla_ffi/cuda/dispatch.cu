@@ -350,6 +350,14 @@ cudaError_t Launch(cudaStream_t stream, int num_blocks, const Peers& peers, cons
   return Launch<Wire, false>(stream, num_blocks, peers, layout, sizes, args);
 }
 
+template <typename T>
+cudaError_t LaunchQuantized(cudaStream_t stream, int num_blocks, const Peers& peers,
+                            const Layout& layout, const Sizes& sizes, const DispatchArgs& args) {
+  return LongPartsFit(args.wire.dim)
+             ? Launch<QuantizedWire<T, kLongPart>>(stream, num_blocks, peers, layout, sizes, args)
+             : Launch<QuantizedWire<T, kShortPart>>(stream, num_blocks, peers, layout, sizes, args);
+}
+
 }  // namespace
 
 cudaError_t LaunchDispatch(cudaStream_t stream, int num_blocks, const Peers& peers,
@@ -359,11 +367,12 @@ cudaError_t LaunchDispatch(cudaStream_t stream, int num_blocks, const Peers& pee
   }
   switch (args.wire.type) {
     case RowType::kBf16:
-      return Launch<QuantizedWire<__nv_bfloat16>>(stream, num_blocks, peers, layout, sizes, args);
+      return LaunchQuantized<__nv_bfloat16>(stream, num_blocks, peers, layout, sizes, args);
     case RowType::kF16:
-      return Launch<QuantizedWire<__half>>(stream, num_blocks, peers, layout, sizes, args);
+      return LaunchQuantized<__half>(stream, num_blocks, peers, layout, sizes, args);
     case RowType::kF32:
-      return Launch<QuantizedWire<float>>(stream, num_blocks, peers, layout, sizes, args);
+      return Launch<QuantizedWire<float, kFloatPart>>(stream, num_blocks, peers, layout, sizes,
+                                                      args);
   }
   return cudaErrorInvalidValue;
 }

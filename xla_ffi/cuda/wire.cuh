@@ -74,8 +74,16 @@ class PlainWire {
   const int row_bytes_;
 };
 
+// Numbers of a part with an FP8 wire: whole steps of the conversion, whose last one may be in vain.
+constexpr int kLongPart = 1792, kShortPart = 1024, kFloatPart = 896;
+
+inline bool LongPartsFit(int dim) {
+  const auto steps = [dim](int n) { return (dim + n - 1) / n * (n / kStepNumbers); };
+  return steps(kLongPart) <= steps(kShortPart);
+}
+
 // Tokens of dtype T cross in FP8. Rows are made of what crossed, those of the own tokens as well.
-template <typename T>
+template <typename T, int kNumbers>
 class QuantizedWire {
  public:
   static constexpr bool kConverts = true;
@@ -85,7 +93,8 @@ class QuantizedWire {
 
   __device__ int NumParts() const { return (wire_.dim + kNumbers - 1) / kNumbers; }
   __device__ Span Own(int i) const {
-    return {i * kCopyBytes, NumbersOf(i) * static_cast<int>(sizeof(T))};
+    constexpr int kSize = sizeof(T);
+    return {i * kNumbers * kSize, NumbersOf(i) * kSize};
   }
   __device__ Span Arrived(int i) const {
     return {i * WirePartBytes(kNumbers), WirePartBytes(NumbersOf(i))};
@@ -107,7 +116,7 @@ class QuantizedWire {
         *this, ring, from, mask,
         [this](char* part, int i) {
           Quantizer::Quantize(part, NumbersOf(i), power_of_two_);
-          FenceBulk();
+          FenceBulkShared();
           __syncwarp();
         },
         place);
@@ -123,7 +132,7 @@ class QuantizedWire {
     } else {
       scale = Quantizer::HandOver(part, n);
     }
-    FenceBulk();
+    FenceBulkShared();
     __syncwarp();
     return scale;
   }
@@ -135,8 +144,8 @@ class QuantizedWire {
   }
 
  private:
-  static constexpr int kNumbers = kCopyBytes / sizeof(T);
-  static_assert(WirePartBytes(kNumbers) <= kCopyBytes, "in place");
+  static_assert(kNumbers * sizeof(T) <= kCopyBytes && WirePartBytes(kNumbers) <= kCopyBytes,
+                "a part has one buffer, before and after");
   using Quantizer = PartQuantizer<T, kNumbers>;
 
   __device__ int NumbersOf(int i) const { return min(kNumbers, wire_.dim - i * kNumbers); }
