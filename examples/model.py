@@ -51,6 +51,7 @@ def make_group(
             max_tokens=max_tokens,
             capacity_factor=config.capacity_factor,
             dtype=compute_dtype(config),
+            wire_dtype=jnp.float8_e4m3fn if config.fp8_wire else None,
             transport=transport,
         )
     except (ValueError, RuntimeError) as error:

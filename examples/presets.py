@@ -67,6 +67,8 @@ class ModelConfig:
     """Noise on the router's logits in training: a factor from U(1 - jitter, 1 + jitter)."""
     capacity_factor: float | None = None
     """Rows of a device's expert buffer per (token, choice); None never drops a token."""
+    fp8_wire: bool = False
+    """Tokens travel to their experts in FP8; results and gradients keep the compute dtype."""
     tie_embeddings: bool = True
     rope_theta: float = 10000.0
     init_std: float = 0.02

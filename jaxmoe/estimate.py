@@ -23,6 +23,8 @@ class Model:
       num_shared_experts: experts of width F that every token uses.
       dtype_bytes: bytes of an element of tokens, rows and weights in the computation.
       capacity_factor: of `ExpertParallel`; None for the worst case.
+      fp8_wire: `wire_dtype` of `ExpertParallel` is float8_e4m3fn; a row of dispatch then has
+        D + 4 ceil(D / 128) bytes on the wire.
     """
 
     dim: int
@@ -33,6 +35,7 @@ class Model:
     num_shared_experts: int = 0
     dtype_bytes: int = 2
     capacity_factor: float | None = 1.25
+    fp8_wire: bool = False
 
     def __post_init__(self) -> None:
         for name in ("dim", "hidden_dim", "num_experts", "top_k", "num_layers", "dtype_bytes"):
@@ -137,6 +140,7 @@ _CHUNK_TOKENS, _META_PARTS, _MAX_BLOCKS, _CHUNK_SLOTS, _CONTROL_BYTES = 4, 16, 1
 # Bytes of a choice's id and weight, and of a parameter in training: float32 weights, gradient and
 # two moments of AdamW.
 _CHOICE_BYTES, _TRAINED_BYTES = 8, 16
+_SCALED_BLOCK = 128  # numbers that share a scale on an FP8 wire; `jaxmoe.wire.BLOCK`
 
 
 def reach(num_experts: int, top_k: int, num_devices: int) -> float:
@@ -204,10 +208,10 @@ def estimate(
 
     With T tokens per device, R = ep, p of `reach` and b bytes per element:
 
-    dispatch sends (R - 1) p T rows of D b bytes and (R - 1) T K ids and weights; combine sends as
-    many rows back, because a device sums a token's rows first. Without that saving both send
-    K T (R - 1) / R rows. Training runs the exchange twice (the gradient of each is the other) and
-    the matmuls three times.
+    dispatch sends (R - 1) p T rows of D b bytes (in FP8: see `Model`) and (R - 1) T K ids and
+    weights; combine sends as many rows of D b bytes back, because a device sums a token's rows
+    first. Without that saving both send K T (R - 1) / R rows. Training runs the exchange twice (the
+    gradient of each is the other, never in FP8) and the matmuls three times.
 
     Args:
       batch_tokens: tokens of a step, all devices together.
@@ -221,6 +225,7 @@ def estimate(
     _check_split(model, machine, split, batch_tokens)
     tokens = -(-batch_tokens // (split.ep * split.dp))
     row = model.dim * model.dtype_bytes
+    sent = model.dim + 4 * -(-model.dim // _SCALED_BLOCK) if model.fp8_wire else row
     capacity = _capacity(model, split, tokens)
     probability = reach(model.num_experts, model.top_k, split.ep)
     others = split.ep - 1
@@ -228,14 +233,16 @@ def estimate(
     rows = others * probability * tokens
     per_choice = model.top_k * tokens * others / split.ep
     passes = 2 if training else 1
-    wire = passes * model.num_layers * _wire_seconds(machine, split, 2 * rows * row + metadata)
+    forward, backward = rows * (sent + row) + metadata, 2 * rows * row + metadata
+    bytes_sent = forward + backward if training else forward
+    wire = model.num_layers * _wire_seconds(machine, split, bytes_sent)
     return Estimate(
         split=split,
         tokens=tokens,
         destinations=others * probability,
-        dispatch_bytes=rows * row + metadata,
+        dispatch_bytes=rows * sent + metadata,
         combine_bytes=rows * row,
-        dispatch_bytes_per_choice=per_choice * row + metadata,
+        dispatch_bytes_per_choice=per_choice * sent + metadata,
         combine_bytes_per_choice=per_choice * row,
         capacity=capacity,
         heap_bytes=_heap(model, machine, split, tokens),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxmoe import cli
+from jaxmoe import cli, wire
 from jaxmoe.estimate import Machine, Model, Split, estimate, heap_bytes, reach, splits
 
 LAYOUT = Path(__file__).parents[1] / "xla_ffi" / "cuda" / "layout.h"
@@ -94,6 +95,18 @@ def test_memory_and_times_by_hand():
     assert trained.expert_seconds == pytest.approx(2 * 3 * got.expert_seconds)
     assert trained.wire_seconds == pytest.approx(2 * got.wire_seconds)
     assert trained.parameter_bytes == 8 * got.parameter_bytes
+
+
+def test_an_fp8_wire_shortens_the_rows_of_dispatch_alone():
+    plain = estimate(MODEL, SMALL, Split(ep=8), 8000)
+    model = dataclasses.replace(MODEL, fp8_wire=True)
+    got = estimate(model, SMALL, Split(ep=8), 8000)
+    row, sent = MODEL.dim * MODEL.dtype_bytes, wire.row_bytes(MODEL.dim)
+    saved = plain.destinations * plain.tokens * (row - sent)
+    assert plain.dispatch_bytes - got.dispatch_bytes == pytest.approx(saved)
+    assert got.combine_bytes == plain.combine_bytes and got.heap_bytes == plain.heap_bytes
+    seconds = MODEL.num_layers * saved / SMALL.link_bytes_per_second  # forward only
+    assert plain.wire_seconds - got.wire_seconds == pytest.approx(seconds)
 
 
 def test_the_slower_link_decides():

@@ -19,6 +19,7 @@ from jax import lax
 
 from jaxmoe import cli
 from jaxmoe.bench import baselines, clocks, events, exchange, floors, loads
+from jaxmoe.bench import report as bench_report
 from jaxmoe.bench.exchange import Exchange, Settings, Shape
 from jaxmoe.bench.floors import Machine
 
@@ -127,6 +128,21 @@ def test_floors_when_every_token_goes_everywhere():
     assert got["pair"].us == got["dispatch"].us + got["combine"].us
 
 
+def test_an_fp8_wire_lowers_the_wire_floor_of_dispatch_alone():
+    ids = np.broadcast_to(np.arange(4, dtype=np.int32), (4, 10, 4))
+    load = floors.traffic(ids, 4, 50)
+    plain, fp8 = (
+        {name: floors.floor(name, load, 400, LIMITS, sent) for name in floors.OPERATIONS}
+        for sent in (None, 204)
+    )
+    for name in ("combine", "dispatch_grad", "combine_grad"):
+        assert fp8[name] == plain[name]
+    assert fp8["dispatch"].wire_bytes == 3 * 10 * 204
+    assert fp8["dispatch"].logical_bytes == 4 * 10 * 204
+    assert fp8["dispatch"].hbm_bytes == plain["dispatch"].hbm_bytes
+    assert fp8["pair"].wire_bytes == 3 * 10 * (204 + 400)
+
+
 def test_floor_of_the_largest_shape():
     """58.6 MB and 158 µs each way at 371 GB/s, for uniform routing over two devices."""
     ids = loads.expert_ids(loads.parse("uniform"), 2, 4096, 8, 256)
@@ -229,6 +245,20 @@ def test_baselines_where_choices_are_dropped():
         "allgather": ("ok", ""),
         "ragged": ("skipped", dropped),
     }
+
+
+def test_an_fp8_wire_is_compared_with_the_same_wire():
+    report = run(4, wire_dtype="float8_e4m3fn", baselines=("xla", "allgather"))
+    status = {r.implementation: (r.status, r.note) for r in report.results}
+    assert status == {
+        "cpu": ("ok", ""),
+        "xla": ("ok", ""),
+        "allgather": ("skipped", "sends no float8_e4m3fn"),
+    }
+    wire_bytes = report.traffic.wire_rows * (SMALL.dim + 4)  # one scale
+    assert SMALL.dim <= 128
+    assert report.floors["dispatch"].wire_bytes == wire_bytes
+    assert "float8_e4m3fn on the wire" in "\n".join(bench_report.table(report))
 
 
 @pytest.mark.parametrize("wrong", ["y", "rows", "d_weights"])

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxmoe
-from jaxmoe import ops
+from jaxmoe import ops, wire
 from jaxmoe.bench import baselines, clocks, events, floors, loads, machine
 from jaxmoe.bench.clocks import Operation, Timing
 from jaxmoe.bench.floors import Floor, Machine, Traffic
@@ -52,6 +52,8 @@ class Settings:
     iterations: int
     seconds: float
     """About how long a single measured run may take: fewer iterations if they are slow."""
+    wire_dtype: str | None = None
+    """Of a group; the reference's too."""
 
 
 @dataclasses.dataclass
@@ -85,6 +87,7 @@ class ShapeReport:
     floors: dict[str, Floor]
     results: list[Result]
     event_note: str
+    wire_dtype: str | None = None
 
     def own_is_right(self) -> bool:
         """Whether the library's own exchange, which comes first, gave the reference's results."""
@@ -148,8 +151,9 @@ class Exchange:
         capacity = self.group.capacity(shape.tokens)
         self.traffic = floors.traffic(ids, shape.num_experts, capacity)
         row_bytes = shape.dim * self.group.dtype.itemsize
+        sent_bytes = row_bytes if self.group.wire_dtype is None else wire.row_bytes(shape.dim)
         self.floors = {
-            name: floors.floor(name, self.traffic, row_bytes, limits)
+            name: floors.floor(name, self.traffic, row_bytes, limits, sent_bytes)
             for name in settings.operations
         }
         self.inputs = (
@@ -167,6 +171,7 @@ class Exchange:
             max_tokens=self.shape.tokens,
             capacity_factor=self.capacity_factor,
             dtype=self.settings.dtype,
+            wire_dtype=self.settings.wire_dtype,
             transport=transport,
             num_sms=num_sms,
         )
@@ -216,6 +221,7 @@ class Exchange:
             self.floors,
             [],
             reason,
+            self.settings.wire_dtype,
         )
         wanted = self._everything(self.reference)(*self.inputs)
         for implementation in self.implementations():
@@ -245,6 +251,8 @@ class Exchange:
     ) -> tuple[str, str, dict[str, Any], float]:
         """Whether the results are right, the arrays they consist of, and seconds of a run."""
         dropped = self.traffic.num_dropped
+        if not isinstance(implementation.functions, Library) and self.group.wire_dtype is not None:
+            return "skipped", f"sends no {self.group.wire_dtype.name}", {}, 0.0
         if isinstance(implementation.functions, baselines.Ragged):
             reason = baselines.why_not_ragged(self.mesh)
             if dropped:

@@ -47,7 +47,8 @@ def table(report: ShapeReport) -> list[str]:
         "",
         f"T={shape.tokens} D={shape.dim} K={shape.top_k} E={shape.num_experts}, routing "
         f"{report.load}, capacity factor {factor} ({traffic.capacity} rows a device, at most "
-        f"{traffic.num_rows.max()} in use, {traffic.num_dropped} choices dropped)",
+        f"{traffic.num_rows.max()} in use, {traffic.num_dropped} choices dropped)"
+        + (f", {report.wire_dtype} on the wire" if report.wire_dtype else ""),
         "floor us (wire, memory): "
         + ", ".join(
             f"{name} {f.us:.1f} ({f.wire_us:.1f}, {f.hbm_us:.1f})"
@@ -132,6 +133,7 @@ def _shape(report: ShapeReport) -> dict[str, Any]:
     return {
         **_plain(report.shape),
         "routing": report.load,
+        "wire_dtype": report.wire_dtype,
         "capacity_factor": report.capacity_factor,
         "capacity": report.traffic.capacity,
         "num_rows": report.traffic.num_rows.tolist(),

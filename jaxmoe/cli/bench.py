@@ -113,6 +113,11 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
         choices=("bfloat16", "float16", "float32"),
         help="default: bfloat16, on CPUs float32",
     )
+    add(
+        "--wire-dtype",
+        choices=("float8_e4m3fn",),
+        help="what tokens are on their way to the experts (default: as --dtype)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -280,6 +285,7 @@ def make_settings(args: argparse.Namespace, defaults: _Defaults) -> Settings:
         repeats=args.repeats or defaults.repeats,
         iterations=args.iterations or defaults.iterations,
         seconds=defaults.seconds,
+        wire_dtype=args.wire_dtype,
     )
 
 

@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1.25,
         help="of the expert buffers (default 1.25); 0 for the worst case",
     )
+    model.add_argument("--fp8-wire", action="store_true", help="dispatch sends tokens in FP8")
     batch = parser.add_argument_group("batch")
     batch.add_argument("--tokens", type=int, required=True, help="of a step, all devices together")
     batch.add_argument("--inference", action="store_true", help="forward pass only")
@@ -85,6 +86,7 @@ def _estimates(args: argparse.Namespace) -> list[estimate.Estimate]:
         num_shared_experts=args.shared_experts,
         dtype_bytes=args.dtype_bytes,
         capacity_factor=args.capacity_factor or None,
+        fp8_wire=args.fp8_wire,
     )
     numbers = {
         field: getattr(args, name.replace("-", "_")) * unit

@@ -3,7 +3,8 @@
 // Every device of a group has a heap of the same layout. "[s]" below is indexed by the device that
 // writes, so that no two devices ever write the same word. Data regions exist twice; a call uses
 // the half that its epoch's parity picks (see protocol.cuh for why that suffices). A device's own
-// slot [rank] receives nothing; from there it puts what plain stores cannot bring to a peer.
+// slot [rank] receives nothing but its tokens in FP8, where they cross the wire so; from there it
+// puts what plain stores cannot bring to a peer.
 
 #ifndef JAXMOE_XLA_FFI_CUDA_LAYOUT_H_
 #define JAXMOE_XLA_FFI_CUDA_LAYOUT_H_

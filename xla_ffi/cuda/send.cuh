@@ -59,19 +59,20 @@ __device__ int DeviceOfChoice(const Sizes& sizes, const DispatchArgs& args, int 
   return id >= 0 && id < sizes.num_experts ? id / sizes.num_local_experts : -1;
 }
 
-// Lanes whose choice is the first one for its device, which is another one.
-__device__ inline unsigned FirstForPeers(const Call& call, int device) {
+// Lanes whose choice is the first one for its device, which is not `except`.
+__device__ inline unsigned FirstForDevices(int device, int except) {
   const unsigned same = __match_any_sync(~0u, device);
   const bool first = threadIdx.x % 32 == __ffs(same) - 1;
-  return __ballot_sync(~0u, first && device >= 0 && device != call.peers.rank);
+  return __ballot_sync(~0u, first && device >= 0 && device != except);
 }
 
-// Sends a token to every other device that one of its choices asks for.
+// Sends a token to every device that one of its choices asks for; to the own one only if the wire
+// changes tokens.
 template <bool kPlan, bool kPuts, typename Wire>
 __device__ void SendToken(const Call& call, const Sizes& sizes, const DispatchArgs& args,
                           const Wire& wire, CopyRing& ring, int token) {
   const int device = DeviceOfChoice<kPlan>(sizes, args, token);
-  const unsigned send = FirstForPeers(call, device);
+  const unsigned send = FirstForDevices(device, Wire::kConverts ? -1 : call.peers.rank);
   if (send == 0) return;
   const size_t at = call.layout.Row(call.parity, call.peers.rank, token);
   wire.Send(ring, args.tokens + size_t(token) * sizes.row_bytes, send,
@@ -84,7 +85,7 @@ __device__ void PutToken(const Call& call, const Sizes& sizes, const DispatchArg
                          int wire_bytes, int token) {
   const int device = DeviceOfChoice<kPlan>(sizes, args, token);
   char* at = call.own() + call.layout.Row(call.parity, call.peers.rank, token);
-  for (unsigned rest = FirstForPeers(call, device); rest != 0; rest &= rest - 1) {
+  for (unsigned rest = FirstForDevices(device, call.peers.rank); rest != 0; rest &= rest - 1) {
     const int peer = __shfl_sync(~0u, device, __ffs(rest) - 1);
     if (!call.Reaches<true>(peer)) PutWarp(at, at, wire_bytes, call.peers.pe[peer]);
   }
@@ -126,7 +127,7 @@ __device__ void SendTokens(const Call& call, const Sizes& sizes, const DispatchA
       __syncwarp();
     }
     for (int peer = lane; peer < sizes.num_devices; peer += 32) {
-      if (peer == call.peers.rank) continue;
+      if (!Wire::kConverts && peer == call.peers.rank) continue;
       call.SetFlag<kPuts>(peer, call.layout.ChunkFlag(call.parity, call.peers.rank, chunk),
                           call.epoch << kEpochShift);
     }
