@@ -120,8 +120,8 @@ std::vector<int32_t> DrawIds(const Shape& s, const std::string& routing, std::mt
 
 // What one routing moves.
 struct Traffic {
-  int wire_rows = 0;     // in the busiest direction of a device
-  int num_rows = 0;      // of the busier device
+  int wire_rows = 0;  // in the busiest direction of a device
+  int num_rows = 0;   // of the busier device
   int capacity = 0;
 
   Traffic(const Shape& s, const std::vector<std::vector<int32_t>>& ids) {

@@ -44,8 +44,8 @@ struct GradShared {
 static_assert(((kCopyWarps + 2) * kMaxLocalExperts + kThreads) * 4 <= kCopySharedBytes,
               "the plan takes the place of the buffers");
 
-// Blocks that send in dispatch, enough to fill the wire: small tokens need more of them. An FP8 wire
-// is never full; its senders must keep ahead of the expanders.
+// Blocks that send in dispatch, enough to fill the wire: small tokens need more of them. An FP8
+// wire is never full; its senders must keep ahead of the expanders.
 int SenderPercent(const Sizes& sizes, const WireArgs& wire) {
   if (wire.format != kWirePlain) return wire.row_scales == nullptr ? 20 : 26;
   return sizes.row_bytes > 8192 ? 16 : 22;
