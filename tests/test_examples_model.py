@@ -35,12 +35,6 @@ def logits_of(model: Transformer, tokens: np.ndarray, **options: Any) -> np.ndar
     return np.asarray(nnx.jit(lambda m, t: m(t, **options).logits)(model, jnp.asarray(tokens)))
 
 
-<<<<<<< HEAD
-=======
-def random_tokens(rows: int, length: int) -> np.ndarray:
-    return np.random.default_rng(1).integers(0, VOCAB_SIZE, (rows, length), dtype=np.int32)
-
-
 def test_fp8_wire_changes_the_logits_a_little() -> None:
     tokens = random_tokens(4, 32)
     plain, fp8 = (
@@ -51,7 +45,6 @@ def test_fp8_wire_changes_the_logits_a_little() -> None:
     assert np.corrcoef(plain.ravel(), fp8.ravel())[0, 1] > 0.95
 
 
->>>>>>> 0f7500a (FP8 wire: benchmark option, estimate, example setting, C++ tests, README, figures)
 def test_rope_depends_on_distance_alone() -> None:
     key = jax.random.key(0)
     query, key_ = (jax.random.normal(k, (1, 1, 1, 16)) for k in jax.random.split(key))
