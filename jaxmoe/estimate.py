@@ -11,6 +11,8 @@ import dataclasses
 import fractions
 import math
 
+from jaxmoe import latency
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -137,6 +139,7 @@ class Estimate:
 
 # Layout constants of xla_ffi/cuda/layout.h; a test compiles it and compares.
 _CHUNK_TOKENS, _META_PARTS, _MAX_BLOCKS, _CHUNK_SLOTS, _CONTROL_BYTES = 4, 16, 160, 8, 4096
+_BATCH_VECTORS, _IDS_PER_VECTOR = 32, 5
 # Bytes of a choice's id and weight, and of a parameter in training: float32 weights, gradient and
 # two moments of AdamW.
 _CHOICE_BYTES, _TRAINED_BYTES = 8, 16
@@ -166,6 +169,7 @@ def heap_bytes(
     top_k: int,
     row_bytes: int,
     puts: bool = False,
+    latency_tokens: int = 0,
 ) -> int:
     """Bytes of a group's symmetric heap on each GPU, region by region as in xla_ffi/cuda/layout.h.
 
@@ -176,10 +180,15 @@ def heap_bytes(
       num_devices, num_local_experts: R and L, slots for experts per device.
       max_tokens, top_k, row_bytes: of the group; a row is D elements.
       puts: whether peers on other nodes are reached through NVSHMEM.
+      latency_tokens: most tokens of a call by the low-latency kernels, which have slots of their
+        own.
     """
     chunks = -(-max_tokens // _CHUNK_TOKENS)
     choices = max_tokens * top_k
     staged = _align(_CHUNK_TOKENS * (row_bytes + 4 * top_k))
+    id_vectors = -(-latency_tokens * top_k // _IDS_PER_VECTOR)
+    marks = -(-row_bytes // (16 * _BATCH_VECTORS))
+    wire_row = -(-(row_bytes + 8 * marks + 8 * top_k) // 128) * 128
     regions = (
         _CONTROL_BYTES,
         2 * num_devices * 8,
@@ -190,6 +199,8 @@ def heap_bytes(
         2 * num_devices * choices * 4,
         2 * num_devices * max_tokens * row_bytes,
         _MAX_BLOCKS * _CHUNK_SLOTS * staged if puts else 0,
+        2 * num_devices * id_vectors * 16,
+        2 * num_devices * latency_tokens * wire_row,
     )
     return sum(map(_align, regions))
 
@@ -297,13 +308,19 @@ def splits(
 
 
 def _heap(model: Model, machine: Machine, split: Split, tokens: int) -> int:
+    row_bytes = model.dim * model.dtype_bytes
+    puts = split.ep * split.tp > machine.devices_per_node
+    latency_tokens = (
+        0 if puts else latency.tokens_of("auto", tokens, split.ep, model.top_k, row_bytes)
+    )
     return heap_bytes(
         num_devices=split.ep,
         num_local_experts=model.num_experts // split.ep,
         max_tokens=tokens,
         top_k=model.top_k,
-        row_bytes=model.dim * model.dtype_bytes,
-        puts=split.ep * split.tp > machine.devices_per_node,
+        row_bytes=row_bytes,
+        puts=puts,
+        latency_tokens=latency_tokens,
     )
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmoe import latency as _latency
 from jaxmoe import transport as _transport
 from jaxmoe import wire
 
@@ -39,6 +40,7 @@ class GroupSpec:
     wire_dtype: str | None = None
     wire_scale: str = "amax"
     rows_dtype: str | None = None
+    mode: str = "auto"
 
 
 class ExpertParallel:
@@ -77,6 +79,12 @@ class ExpertParallel:
         the GPUs of one process), "nvshmem" (the same kernels, one process per GPU), "xla" (plain
         `jax.lax` collectives, any backend; also the reference) or "auto". `group.transport` says
         what was picked, `group.heap_bytes` how much memory each device reserved for it.
+      mode: which kernels a GPU runs. "throughput": those for many tokens, as in training and
+        prefill; "low_latency": those for few, as in decode, in which data crosses the wire once
+        and nothing waits for a barrier; "auto": by the number of tokens of a call, the latter for
+        up to `group.latency_tokens`. Results are the same to the bit. Gradients, a
+        dispatch with an FP8 wire, other transports and groups that need NVSHMEM's puts have one
+        kind for all sizes.
       num_sms: most multiprocessors that a GPU kernel occupies; None for all. Only on GPUs.
       timeout: seconds that a device waits for its peers before the call fails with an error that
         names them.
@@ -101,6 +109,7 @@ class ExpertParallel:
         wire_scale: str = "amax",
         rows_dtype: Any = None,
         transport: str = "auto",
+        mode: str = "auto",
         num_sms: int | None = None,
         timeout: float = 60.0,
     ):
@@ -110,6 +119,7 @@ class ExpertParallel:
         _check_options(capacity_factor, num_sms, timeout)
         name = _check_dtype(dtype)
         wire_name, rows_name = _check_wire(name, wire_dtype, wire_scale, rows_dtype)
+        _check_mode(mode, num_devices, max_tokens, top_k)
         self.mesh = mesh
         self.spec = GroupSpec(
             axis=axes,
@@ -127,6 +137,7 @@ class ExpertParallel:
             wire_dtype=wire_name,
             wire_scale=wire_scale,
             rows_dtype=rows_name,
+            mode=mode,
         )
         self.transport = _transport.pick(transport, mesh, self.spec)
         if num_sms is not None and self.transport in ("cpu", "xla"):
@@ -153,6 +164,7 @@ class ExpertParallel:
     rows_dtype = property(lambda self: _dtype_or_none(self.spec.rows_dtype))
     uid = property(lambda self: self._handle.uid)
     heap_bytes = property(lambda self: self._handle.heap_bytes)
+    latency_tokens = property(lambda self: self._handle.latency_tokens)
     closed = property(lambda self: not self._finalizer.alive)
 
     def capacity(self, num_tokens: int) -> int:
@@ -265,6 +277,19 @@ def _check_options(capacity_factor: float | None, num_sms: int | None, timeout: 
     if not (math.isfinite(timeout) and timeout > 0):
         raise ValueError(
             f"ExpertParallel: timeout must be a positive number of seconds, got {timeout!r}."
+        )
+
+
+def _check_mode(mode: str, num_devices: int, max_tokens: int, top_k: int) -> None:
+    if mode not in _latency.MODES:
+        names = ", ".join(map(repr, _latency.MODES))
+        raise ValueError(f"ExpertParallel: mode must be one of {names}, got {mode!r}.")
+    most = _latency.most_tokens(num_devices, top_k)
+    if mode == "low_latency" and max_tokens > most:
+        raise ValueError(
+            f"ExpertParallel: mode 'low_latency' takes at most {most} tokens per device in a group "
+            f"of {num_devices} devices with top_k={top_k}, got max_tokens={max_tokens}. Lower "
+            "max_tokens, or use mode 'auto', which takes the other kernels for more tokens."
         )
 
 

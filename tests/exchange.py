@@ -19,7 +19,7 @@ Arrays = dict[str, np.ndarray]
 
 
 @functools.cache
-def make_group(config: Config, transport: str) -> jaxmoe.ExpertParallel:
+def make_group(config: Config, transport: str, mode: str = "auto") -> jaxmoe.ExpertParallel:
     kind = cases.MESHES.get(config.mesh or "")
     return jaxmoe.ExpertParallel(
         cases.make_mesh(config),
@@ -32,6 +32,7 @@ def make_group(config: Config, transport: str) -> jaxmoe.ExpertParallel:
         dtype=config.dtype,
         transport=transport,
         **wire_options(config),
+        mode=mode,
     )
 
 
@@ -80,9 +81,9 @@ def fetch(config: Config, tree: Any) -> Any:
 
 
 @functools.cache
-def compiled(config: Config, transport: str) -> Any:
+def compiled(config: Config, transport: str, mode: str = "auto") -> Any:
     """All four operations in one program, for the inputs of `make_inputs`."""
-    group = make_group(config, transport)
+    group = make_group(config, transport, mode)
 
     def body(
         x: Any, ids: Any, weights: Any, expert_rows: Any, d_rows: Any, d_row_weights: Any, d_y: Any
@@ -116,10 +117,10 @@ def compiled(config: Config, transport: str) -> Any:
     return lambda *args: program(filled, *args)[1]
 
 
-def run(config: Config, transport: str, inputs: Arrays) -> Arrays:
+def run(config: Config, transport: str, inputs: Arrays, mode: str = "auto") -> Arrays:
     """All outputs as [S, R, ...]."""
     placed = [place(config, a) for a in inputs.values()]
-    return fetch(config, compiled(config, transport)(*placed))
+    return fetch(config, compiled(config, transport, mode)(*placed))
 
 
 def make_inputs(config: Config, ids: np.ndarray, rng: np.random.Generator, draw: Any) -> Arrays:

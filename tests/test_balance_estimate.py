@@ -14,6 +14,7 @@ import pytest
 
 from jaxmoe import cli, wire
 from jaxmoe.estimate import Machine, Model, Split, estimate, heap_bytes, reach, splits
+from jaxmoe.transport.cuda import GroupSizes
 
 LAYOUT = Path(__file__).parents[1] / "xla_ffi" / "cuda" / "layout.h"
 MODEL = Model(dim=64, hidden_dim=96, num_experts=32, top_k=4, num_layers=3)
@@ -48,10 +49,10 @@ def test_bytes_of_random_routing(ep: int, experts: int, top_k: int):
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 def test_heap_is_that_of_the_kernels(tmp_path: Path):
     sizes = [
-        (2, 128, 4096, 8, 14336, 0),
-        (8, 32, 128, 8, 4096, 1),
-        (3, 5, 7, 2, 48, 0),
-        (72, 4, 1, 32, 16, 1),
+        (2, 128, 4096, 8, 14336, 0, 585),
+        (8, 32, 128, 8, 4096, 1, 0),
+        (3, 5, 7, 2, 48, 0, 7),
+        (72, 4, 1, 32, 16, 1, 1),
     ]
     lines = "".join(
         f'  std::printf("%zu\\n", Layout(GroupSizes{{{", ".join(map(str, s))}}}).bytes);\n'
@@ -65,7 +66,7 @@ def test_heap_is_that_of_the_kernels(tmp_path: Path):
     program = tmp_path / "heap"
     subprocess.run(["c++", "-std=c++17", str(source), "-o", str(program)], check=True)
     printed = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout
-    names = ("num_devices", "num_local_experts", "max_tokens", "top_k", "row_bytes", "puts")
+    names = tuple(name for name, _ in GroupSizes._fields_)
     want = [heap_bytes(**dict(zip(names, s, strict=True))) for s in sizes]  # type: ignore[arg-type]
     assert list(map(int, printed.split())) == want
 

@@ -51,6 +51,9 @@ def group_of(mesh: Any = None, **changes: Any) -> jaxmoe.ExpertParallel:
         (dict(timeout=float("inf")), "timeout must be a positive number of seconds, got inf"),
         (dict(dtype="int8"), "dtype must be one of bfloat16, float16, float32, got int8"),
         (dict(dtype="float64"), "dtype must be one of bfloat16, float16, float32, got float64"),
+        (dict(mode="fast"), "mode must be one of 'auto', 'throughput', 'low_latency', got 'fast'"),
+        (dict(mode="low_latency", max_tokens=2049), r"mode 'low_latency' takes at most 2048 tokens "
+         r"per device in a group of 4 devices with top_k=2, got max_tokens=2049. Lower max_tokens"),
         (dict(num_sms=8), r"num_sms \(8\) bounds GPU kernels.*Leave it None"),
         (dict(transport="nvlink"), "transport must be one of 'auto', 'cpu', .*got 'nvlink'"),
         (dict(axis="model"), r"axis 'model' is not in the mesh, whose axes are \('expert',\)"),

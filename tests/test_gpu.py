@@ -23,6 +23,7 @@ from test_transports import SUMS, assert_same_bits, floats
 from test_wire_dispatch import WIRE_CASES, dispatched, float_inputs
 
 import jaxmoe
+from jaxmoe import latency
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 
@@ -55,20 +56,26 @@ def inputs_of(case: Case, config: Config, draw) -> exchange.Arrays:
     return exchange.make_inputs(config, cases.ROUTINGS[case.routing](rng, config), rng, draw)
 
 
+# All cases are small enough for both kinds of kernels.
+MODES = ("low_latency", "throughput")
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_integers_give_the_same_bits(case: Case):
+def test_integers_give_the_same_bits(case: Case, mode: str):
     config = on_gpus(case.config)
     inputs = inputs_of(case, config, cases.integers)
-    got, want = (exchange.run(config, t, inputs) for t in ("p2p", "xla"))
+    got, want = exchange.run(config, "p2p", inputs, mode), exchange.run(config, "xla", inputs)
     for name in want:
         np.testing.assert_array_equal(got[name], want[name], err_msg=name)
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_floats_give_the_same_bits(case: Case):
+def test_floats_give_the_same_bits(case: Case, mode: str):
     config = on_gpus(case.config)
     inputs = inputs_of(case, config, floats)
-    got, want = (exchange.run(config, t, inputs) for t in ("p2p", "xla"))
+    got, want = exchange.run(config, "p2p", inputs, mode), exchange.run(config, "xla", inputs)
     for name in set(want) - set(SUMS) - {"d_x"}:
         assert_same_bits(got[name], want[name], name)
     weights = exchange.specify(config, inputs)["row_weights"]
@@ -92,29 +99,37 @@ def test_an_fp8_wire_carries_all_numbers(case: Case, fp8_rows: bool):
 
 
 @pytest.mark.parametrize("num_sms", [2, 24])
-@pytest.mark.parametrize("wire_dtype", [None, jnp.float8_e4m3fn], ids=["plain", "fp8"])
-def test_fewer_multiprocessors_give_the_same_bits(num_sms: int, wire_dtype: object):
+@pytest.mark.parametrize(
+    "wire_dtype, mode",
+    [(None, "low_latency"), (None, "throughput"), (jnp.float8_e4m3fn, "auto")],
+    ids=["low_latency", "throughput", "fp8"],
+)
+def test_fewer_multiprocessors_give_the_same_bits(num_sms: int, wire_dtype: object, mode: str):
     mesh = jax.make_mesh((GPUS,), ("expert",))
-    sizes = {"num_experts": 64, "top_k": 8, "dim": 1032, "max_tokens": 999}
+    num_tokens = 999 if mode != "low_latency" else min(999, latency.most_tokens(GPUS, 8))
+    sizes = {"num_experts": 64, "top_k": 8, "dim": 1032, "max_tokens": num_tokens, "mode": mode}
     if wire_dtype is not None:
         sizes |= {"dim": 1936, "wire_dtype": wire_dtype}
     results = []
     for sms in (None, num_sms):
         group = jaxmoe.ExpertParallel(mesh, **sizes, transport="p2p", num_sms=sms, timeout=20)
-        results.append(jax.tree.map(np.asarray, _pair(group)(*_tokens(group, 999))))
+        results.append(jax.tree.map(np.asarray, _pair(group)(*_tokens(group, num_tokens))))
     for a, b in zip(*map(jax.tree.leaves, results), strict=True):
         assert_same_bits(a, b, "result")
 
 
 def test_many_calls_give_the_same_bits():
-    """Different sizes in turn on one group: nothing of one call reaches another."""
+    """Different sizes and kinds of kernels in turn on one group: nothing of one call reaches
+    another.
+    """
     mesh = jax.make_mesh((GPUS,), ("expert",))
     group = jaxmoe.ExpertParallel(
-        mesh, num_experts=32, top_k=4, dim=256, max_tokens=512, transport="p2p", timeout=20
+        mesh, num_experts=32, top_k=4, dim=256, max_tokens=1100, transport="p2p", timeout=20
     )
+    assert 77 <= group.latency_tokens < 1100
     pair, first = _pair(group), {}
-    for step in range(300):
-        num_tokens = (512, 8, 77)[step % 3]
+    for step in range(400):
+        num_tokens = (1100, 8, 77, 1)[step % 4 if step < 200 else step * step % 7 % 4]
         result = jax.tree.map(np.asarray, pair(*_tokens(group, num_tokens)))
         for a, b in zip(
             jax.tree.leaves(first.setdefault(num_tokens, result)),
@@ -158,7 +173,52 @@ def test_scan_of_layers():
 def test_auto_picks_the_kernels():
     mesh = jax.make_mesh((GPUS,), ("expert",))
     group = jaxmoe.ExpertParallel(mesh, num_experts=4, top_k=1, dim=64, max_tokens=8)
-    assert group.transport == "p2p"
+    assert (group.transport, group.latency_tokens) == ("p2p", 8)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 64])
+def test_both_kinds_of_kernels_give_the_same_bits(num_tokens: int):
+    """Random bits: NaN, infinities and zeros of both signs."""
+    mesh = jax.make_mesh((GPUS,), ("expert",))
+    sizes = {"num_experts": 16, "top_k": 4, "dim": 1032, "max_tokens": 64, "timeout": 20}
+    results = []
+    for mode in MODES:
+        group = jaxmoe.ExpertParallel(mesh, **sizes, transport="p2p", mode=mode)
+        x, ids, weights = _tokens(group, num_tokens)
+        bits = np.random.default_rng(1).integers(0, 1 << 16, x.shape, np.uint16)
+        x = jax.device_put(bits.view(x.dtype), x.sharding)
+        results.append(jax.tree.map(np.asarray, _pair(group)(x, ids, weights)))
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        assert_same_bits(a, b, "result")
+
+
+def test_decode_loop_in_a_graph():
+    """A loop whose routing depends on what came of the last step, replayed from one program."""
+    mesh = jax.make_mesh((GPUS,), ("expert",))
+    num_tokens, steps, results = 4, 1000, []
+    for transport in ("p2p", "xla"):
+        group = jaxmoe.ExpertParallel(
+            mesh, num_experts=8, top_k=2, dim=64, max_tokens=4, dtype=jnp.float32,
+            transport=transport, timeout=20,
+        )  # fmt: skip
+
+        def loop(x, group=group):
+            def step(state):
+                i, x = state
+                ids = (x[:, :2].astype(jnp.int32) * jnp.int32(3) + i) % jnp.int32(9)
+                ids = jnp.where(ids == 8, jnp.int32(-1), ids)
+                rows, row_weights, plan = jaxmoe.dispatch(group, x, ids, jnp.ones_like(x[:, :2]))
+                y = jaxmoe.combine(group, rows + 1, row_weights, plan)
+                return i + 1, jnp.mod(y + x, 64.0)  # small integers: exact
+
+            return jax.lax.while_loop(lambda s: s[0] < steps, step, (jnp.int32(0), x))[1]
+
+        spec_ = PartitionSpec("expert")
+        run = jax.jit(jax.shard_map(loop, mesh=mesh, in_specs=spec_, out_specs=spec_))
+        x = np.random.default_rng(0).integers(0, 64, (GPUS * num_tokens, 64)).astype(np.float32)
+        results.append([np.asarray(run(jax.device_put(x + i, NamedSharding(mesh, spec_))))
+                        for i in range(3)])  # fmt: skip
+    np.testing.assert_array_equal(*results)
 
 
 def _pair(group: jaxmoe.ExpertParallel):

@@ -58,24 +58,33 @@ def run(*args: Any, **variables: str) -> list[str]:
         return started.check()
 
 
-@pytest.mark.parametrize("puts", ["", "1"], ids=["stores", "puts"])
+@pytest.mark.parametrize(
+    "puts, mode",
+    [("", "throughput"), ("", "low_latency"), ("1", "auto")],
+    ids=["stores_throughput", "stores_low_latency", "puts"],
+)
 @pytest.mark.parametrize("num, names", [(2, TWO), (4, FOUR), (8, EIGHT)], ids=["EP2", "EP4", "EP8"])
-def test_exchanges(num_gpus: int, num: int, names: tuple[str, ...], puts: str):
-    logs = run(num_gpus, "exchanges", num, *names, JAXMOE_NVSHMEM_PUTS=puts)
+def test_exchanges(num_gpus: int, num: int, names: tuple[str, ...], puts: str, mode: str):
+    variables = {"JAXMOE_NVSHMEM_PUTS": puts, "JAXMOE_TEST_MODE": mode}
+    logs = run(num_gpus, "exchanges", num, *names, **variables)
     assert all(f"process {rank} is done" in log for rank, log in enumerate(logs))
 
 
 WORLDS = [
-    pytest.param(1, "", id="p2p"),
-    pytest.param(2, "", id="nvshmem_stores"),
-    pytest.param(2, "1", id="nvshmem_puts"),
+    pytest.param(1, "", "throughput", id="p2p_throughput"),
+    pytest.param(1, "", "low_latency", id="p2p_low_latency"),
+    pytest.param(2, "", "throughput", id="nvshmem_stores_throughput"),
+    pytest.param(2, "", "low_latency", id="nvshmem_stores_low_latency"),
+    pytest.param(2, "1", "auto", id="nvshmem_puts"),
 ]
 
 
-@pytest.mark.parametrize("num, puts", WORLDS)
-def test_stress(num_gpus: int, num: int, puts: str):
-    """20,000 pairs with random delays on each device: the bits of transport "xla"."""
-    logs = run(num_gpus, "stress", num, "20000", JAXMOE_NVSHMEM_PUTS=puts)
+@pytest.mark.parametrize("num, puts, mode", WORLDS)
+def test_stress(num_gpus: int, num: int, puts: str, mode: str):
+    """20,000 pairs with random delays on each device: the bits of transport "xla". Gradients, which
+    have one kind of kernels, come between the low-latency calls.
+    """
+    logs = run(num_gpus, "stress", num, "20000", mode, JAXMOE_NVSHMEM_PUTS=puts)
     assert all("20000 pairs, the same bits" in log for log in logs)
 
 
@@ -89,7 +98,7 @@ def test_stress(num_gpus: int, num: int, puts: str):
     ids=["no_command_buffers", "loops_in_command_buffers"],
 )
 def test_command_buffers(num_gpus: int, flags: str, num: int):
-    logs = run(num_gpus, "stress", num, "2000", XLA_FLAGS=flags)
+    logs = run(num_gpus, "stress", num, "2000", "low_latency", XLA_FLAGS=flags)
     assert all("2000 pairs, the same bits" in log for log in logs)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from jaxmoe import latency
 from jaxmoe.transport import failures
 
 if TYPE_CHECKING:
@@ -33,7 +34,15 @@ class GroupSizes(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_int)
-        for name in ("num_devices", "num_local_experts", "max_tokens", "top_k", "row_bytes", "puts")
+        for name in (
+            "num_devices",
+            "num_local_experts",
+            "max_tokens",
+            "top_k",
+            "row_bytes",
+            "puts",
+            "latency_tokens",
+        )
     ]
 
 
@@ -45,6 +54,11 @@ def sizes_of(spec: GroupSpec, puts: bool = False) -> GroupSizes:
         spec.top_k,
         _row_bytes(spec),
         puts,
+        0
+        if puts
+        else latency.tokens_of(
+            spec.mode, spec.max_tokens, spec.num_devices, spec.top_k, _row_bytes(spec)
+        ),
     )
 
 
@@ -123,11 +137,14 @@ def call(function: Any, *args: Any) -> None:
 
 
 class CudaGroup:
-    """A group that a library has opened under `uid`; `heap_bytes` on each device."""
+    """A group that a library has opened under `uid`; `heap_bytes` on each device. Calls of up to
+    `latency_tokens` tokens take the low-latency kernels.
+    """
 
     def __init__(self, lib: Any, uid: int, sizes: GroupSizes):
         self._lib = lib
         self.uid = uid
+        self.latency_tokens = int(sizes.latency_tokens)
         self.heap_bytes = int(lib.jaxmoe_cuda_heap_bytes(ctypes.byref(sizes)))
         failures.watch(lib)
 

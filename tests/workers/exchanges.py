@@ -25,6 +25,7 @@ import jaxmoe
 
 RANK = processes.join()
 TRANSPORT = os.environ.get("JAXMOE_TEST_TRANSPORT", "cpu")
+MODE = os.environ.get("JAXMOE_TEST_MODE", "auto")
 # NCCL refuses processes that share a GPU: then there is no transport "xla" to compare with.
 NATIVE = not os.environ.get("JAXMOE_TEST_SHARED_GPUS")
 
@@ -82,7 +83,7 @@ def place(config: Config, a: np.ndarray) -> jax.Array:
 
 def run(config: Config, transport: str, inputs: exchange.Arrays) -> Any:
     placed = [place(config, a) for a in inputs.values()]
-    return jax.block_until_ready(exchange.compiled(config, transport)(*placed))
+    return jax.block_until_ready(exchange.compiled(config, transport, MODE)(*placed))
 
 
 def local(a: jax.Array) -> dict[int, np.ndarray]:
@@ -138,7 +139,9 @@ def make_mesh() -> jax.sharding.Mesh:
 
 def make_group(**options: Any) -> jaxmoe.ExpertParallel:
     sizes: dict[str, Any] = dict(num_experts=E, top_k=K, dim=D, max_tokens=T, dtype=jnp.float32)
-    return jaxmoe.ExpertParallel(make_mesh(), transport=TRANSPORT, timeout=30, **(sizes | options))
+    return jaxmoe.ExpertParallel(
+        make_mesh(), transport=TRANSPORT, mode=MODE, timeout=30, **(sizes | options)
+    )
 
 
 def there_and_back(group: jaxmoe.ExpertParallel, x: Any) -> jax.Array:

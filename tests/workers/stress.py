@@ -1,9 +1,10 @@
 """Many pairs of dispatch and combine in one program, with random delays on each device.
 
-Arguments: the number of pairs. Every pair has tokens and a routing of its own; a hash of all bits
-that it gives is compared with that of transport "xla" in the same program. Works in one process
-with several GPUs and in several processes; where processes share a GPU (and "xla" cannot run) the
-hashes of two runs, with and without delays, are compared.
+Arguments: the number of pairs, and the mode of the group. Between the pairs runs the gradient of
+dispatch. Every pair has tokens and a routing of its own; a hash of all bits that it gives is
+compared with that of transport "xla" in the same program. Works in one process with several GPUs
+and in several processes; where processes share a GPU (and "xla" cannot run) the hashes of two runs,
+with and without delays, are compared.
 """
 
 import os
@@ -28,7 +29,7 @@ mesh = jax.make_mesh((jax.device_count(),), ("expert",))
 def group(transport: str) -> jaxmoe.ExpertParallel:
     return jaxmoe.ExpertParallel(
         mesh, num_experts=E, top_k=K, dim=D, max_tokens=T, transport=transport,
-        capacity_factor=1.25, timeout=60,
+        mode=sys.argv[2], capacity_factor=1.25, timeout=60,
     )  # fmt: skip
 
 
@@ -46,10 +47,17 @@ def pair(ep: jaxmoe.ExpertParallel, key: jax.Array) -> jax.Array:
     ids = jax.lax.top_k(jax.random.uniform(id_key, (T, E)), K)[1].astype(jnp.int32)
     ids = jnp.where(ids == 3, -1, ids)
     weights = jnp.exp2(jax.random.randint(weight_key, (T, K), -2, 2).astype(jnp.float32))
-    rows, row_weights, plan = jaxmoe.dispatch(ep, x, ids, weights)
+
+    def dispatch(x: jax.Array, weights: jax.Array) -> Any:
+        rows, row_weights, plan = jaxmoe.dispatch(ep, x, ids, weights)
+        return (rows, row_weights), plan
+
+    (rows, row_weights), gradient, plan = jax.vjp(dispatch, x, weights, has_aux=True)
     y = jaxmoe.combine(ep, rows, row_weights, plan)
+    d_x, d_weights = gradient((rows, row_weights + bits(y).astype(jnp.float32) * 0))
     # Sums of the exact products x * 2^n round alike in every order that one device may take.
     parts = (rows, row_weights, plan.row_map, plan.group_sizes, plan.num_dropped[None], y)
+    parts += (d_x, d_weights)
     return sum((bits(p) for p in parts), jnp.uint32(0))
 
 

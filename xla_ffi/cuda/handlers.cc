@@ -99,7 +99,11 @@ ffi::Error DispatchRows(cudaStream_t stream, int32_t device, const Config& confi
   const Sizes sizes = SizesOf(config, x.dimensions()[0], row_weights->dimensions()[0],
                               x.dimensions()[1], x.element_type());
   const Member& m = **member;
-  return Status(LaunchDispatch(stream, m.num_blocks, m.peers, m.layout(), sizes, args));
+  const Layout layout = m.layout();
+  const bool plain = args.wire.format == kWirePlain;
+  const auto launch =
+      plain && TakesLatencyKernels(m.peers, layout, sizes) ? LaunchLatencyDispatch : LaunchDispatch;
+  return Status(launch(stream, m.num_blocks, m.peers, layout, sizes, args));
 }
 
 ffi::Error Dispatch(cudaStream_t stream, int32_t device, Config config, Ints, Rows x,
@@ -133,7 +137,12 @@ ffi::Error LaunchSum(cudaStream_t stream, int32_t device, const Config& config, 
   const Sizes sizes = SizesOf(config, row_map.dimensions()[1], rows.dimensions()[0],
                               rows.dimensions()[1], rows.element_type());
   const Member& m = **member;
-  return Status(LaunchCombine(stream, m.num_blocks, m.peers, m.layout(), sizes, args, *type));
+  const Layout layout = m.layout();
+  const bool gradient = args.row_values != nullptr;
+  const auto launch = !gradient && TakesLatencyKernels(m.peers, layout, sizes)
+                          ? LaunchLatencyCombine
+                          : LaunchCombine;
+  return Status(launch(stream, m.num_blocks, m.peers, layout, sizes, args, *type));
 }
 
 ffi::Error Combine(cudaStream_t stream, int32_t device, Config config, Ints, Rows expert_rows,

@@ -16,12 +16,12 @@ enum class RowType { kBf16, kF16, kF32 };
 
 // What a kernel knows of its group; passed by value.
 struct Peers {
-  char* heap[kMaxDevices];  // [R] base of each device's heap; null if plain stores do not reach it
-  int pe[kMaxDevices];      // [R] number of its process in the NVSHMEM world
-  int puts;                 // 1 if a heap is null
+  int puts;  // 1 if a heap is null
   int rank;
   uint64_t timeout_ns;
   ErrorRecord* error;
+  char* heap[kMaxDevices];  // [R] base of each device's heap; null if plain stores do not reach it
+  int pe[kMaxDevices];      // [R] number of its process in the NVSHMEM world
 };
 
 // Sizes of one call.
@@ -101,6 +101,20 @@ cudaError_t LaunchCombineGrad(cudaStream_t stream, int num_blocks, const Peers& 
 cudaError_t LaunchCombine(cudaStream_t stream, int num_blocks, const Peers& peers,
                           const Layout& layout, const Sizes& sizes, const CombineArgs& args,
                           RowType type);
+
+// dispatch and combine by the low-latency kernels, whether or not `sizes` are those they pay for.
+// All devices of a call must take the same kernels.
+cudaError_t LaunchLatencyDispatch(cudaStream_t stream, int num_blocks, const Peers& peers,
+                                  const Layout& layout, const Sizes& sizes,
+                                  const DispatchArgs& args);
+cudaError_t LaunchLatencyCombine(cudaStream_t stream, int num_blocks, const Peers& peers,
+                                 const Layout& layout, const Sizes& sizes, const CombineArgs& args,
+                                 RowType type);
+
+// Whether a call takes the low-latency kernels, which need plain stores to all peers.
+inline bool TakesLatencyKernels(const Peers& peers, const Layout& layout, const Sizes& sizes) {
+  return !peers.puts && sizes.num_tokens <= layout.latency_tokens;
+}
 
 }  // namespace jaxmoe::cuda
 

@@ -4,7 +4,8 @@
 // writes, so that no two devices ever write the same word. Data regions exist twice; a call uses
 // the half that its epoch's parity picks (see protocol.cuh for why that suffices). A device's own
 // slot [rank] receives nothing but its tokens in FP8, where they cross the wire so; from there it
-// puts what plain stores cannot bring to a peer.
+// puts what plain stores cannot bring to a peer. The low-latency kernels have data regions of their
+// own, for what lies there says whether it has come (see latency.cuh).
 
 #ifndef JAXMOE_XLA_FFI_CUDA_LAYOUT_H_
 #define JAXMOE_XLA_FFI_CUDA_LAYOUT_H_
@@ -38,6 +39,15 @@ constexpr int kChunkSlots = 8;
 // Most experts of a device: their counts must fit the shared memory of the plan.
 constexpr int kMaxLocalExperts = 2048;
 
+// A wire row of the low-latency kernels: vectors of 16 bytes, and for each 32 of them, which a warp
+// moves at once, a mark of 8 bytes; behind them 8 bytes for each weight.
+constexpr int kBatchVectors = 32;
+// Local experts of a device's choices that one vector of 16 bytes carries to it.
+constexpr int kIdsPerVector = 5;
+// Most choices of all devices in a call of the low-latency kernels: each block has all of them in
+// its shared memory.
+constexpr int kMaxLatencyChoices = 16384;
+
 struct GroupSizes {
   int num_devices;        // R
   int num_local_experts;  // L
@@ -45,6 +55,7 @@ struct GroupSizes {
   int top_k;              // K
   int row_bytes;          // of a token; a multiple of 16
   int puts;               // 1 if some peer is out of reach of plain stores: partial sums are staged
+  int latency_tokens;     // calls of up to so many tokens take the low-latency kernels; 0: none
 };
 
 struct Layout {
@@ -58,9 +69,12 @@ struct Layout {
   size_t weights;       // [2][R][max_tokens * K] float32
   size_t rows;          // [2][R][max_tokens] rows
   size_t staging;       // [kMaxBlocks][kChunkSlots] chunks that are put; local
+  size_t latency_ids;   // [2][R][IdVectors(latency_tokens * K)] vectors of 16 bytes
+  size_t latency_rows;  // [2][R][latency_tokens] wire rows
   size_t bytes;         // of the whole heap
 
   int num_devices, chunks, choices, row_bytes, max_tokens, top_k;
+  int latency_tokens, id_vectors, wire_row_bytes;  // of the low-latency kernels, for each device
 
   JAXMOE_HOST_DEVICE static size_t Align(size_t n) { return (n + 255) / 256 * 256; }
 
@@ -70,7 +84,10 @@ struct Layout {
         choices(g.max_tokens * g.top_k),
         row_bytes(g.row_bytes),
         max_tokens(g.max_tokens),
-        top_k(g.top_k) {
+        top_k(g.top_k),
+        latency_tokens(g.latency_tokens),
+        id_vectors(IdVectors(g.latency_tokens * g.top_k)),
+        wire_row_bytes((WireWeight(g.row_bytes, g.top_k) + 127) / 128 * 128) {
     const size_t r = g.num_devices;
     size_t end = 0;
     auto region = [&end](size_t n) {
@@ -87,6 +104,8 @@ struct Layout {
     weights = region(2 * r * choices * 4);
     rows = region(2 * r * size_t(max_tokens) * row_bytes);
     staging = region(g.puts ? size_t{kMaxBlocks} * kChunkSlots * StagingBytes() : 0);
+    latency_ids = region(2 * r * size_t(id_vectors) * 16);
+    latency_rows = region(2 * r * size_t(latency_tokens) * wire_row_bytes);
     bytes = end;
   }
 
@@ -120,6 +139,26 @@ struct Layout {
   JAXMOE_HOST_DEVICE size_t Row(int parity, int s, int token) const {
     return rows + ((size_t(parity) * num_devices + s) * max_tokens + token) * row_bytes;
   }
+
+  // The low-latency kernels' wire rows, and offsets in one.
+  JAXMOE_HOST_DEVICE static int IdVectors(int choices) {
+    return (choices + kIdsPerVector - 1) / kIdsPerVector;
+  }
+  JAXMOE_HOST_DEVICE static int Batches(int row_bytes) {
+    return (row_bytes / 16 + kBatchVectors - 1) / kBatchVectors;
+  }
+  JAXMOE_HOST_DEVICE static int Mark(int row_bytes, int batch) { return row_bytes + batch * 8; }
+  JAXMOE_HOST_DEVICE static int WireWeight(int row_bytes, int k) {
+    return Mark(row_bytes, Batches(row_bytes)) + k * 8;
+  }
+  JAXMOE_HOST_DEVICE size_t WireRow(int parity, int s, int token) const {
+    const uint32_t row = (parity * num_devices + s) * latency_tokens + token;
+    return latency_rows + uint64_t{row} * uint32_t(wire_row_bytes);
+  }
+  JAXMOE_HOST_DEVICE size_t IdVector(int parity, int s, int i) const {
+    const uint32_t vector = (parity * num_devices + s) * id_vectors + i;
+    return latency_ids + uint64_t{vector} * 16;
+  }
 };
 
 // What went wrong, written once. Host memory that the device can write.
@@ -150,6 +189,7 @@ struct Control {
   uint32_t num_invalid;      // choices of the plan in progress; the plan resets it
   uint32_t tickets;          // drawn in the call in progress; the last block resets it
   uint64_t planned;          // the latest epoch whose plan is complete
+  uint32_t entered;          // blocks of a low-latency call in progress; the last one resets it
 };
 
 }  // namespace jaxmoe::cuda

@@ -77,6 +77,8 @@ struct Call {
     epoch = *reinterpret_cast<volatile uint64_t*>(&control()->epoch) + 1;
     parity = epoch & 1;
   }
+  __device__ Call(const Peers& p, const Layout& l, int op, uint64_t e)
+      : peers(p), layout(l), operation(op), epoch(e), parity(e & 1) {}
 
   __device__ Control* control() const {
     return reinterpret_cast<Control*>(peers.heap[peers.rank] + layout.control);

@@ -12,9 +12,9 @@ namespace jaxmoe::cuda {
 namespace {
 
 const std::vector<GroupSizes> kSizes = {
-    {1, 4, 1, 1, 16, 0},       {2, 128, 4096, 8, 14336, 0}, {8, 32, 4096, 8, 14336, 0},
-    {72, 4, 129, 32, 16, 0},   {4, 2048, 5, 3, 48, 1},      {8, 32, 128, 8, 14336, 1},
-    {2, 1, 65536, 2, 4096, 1},
+    {1, 4, 1, 1, 16, 0, 1},       {2, 128, 4096, 8, 14336, 0, 512}, {8, 32, 4096, 8, 14336, 0, 0},
+    {72, 4, 129, 32, 16, 0, 7},   {4, 2048, 5, 3, 48, 1, 0},        {8, 32, 128, 8, 14336, 1, 0},
+    {2, 1, 65536, 2, 4096, 1, 0}, {3, 6, 50, 5, 528, 0, 33},
 };
 
 struct Region {
@@ -40,6 +40,13 @@ std::vector<Region> Reached(const Layout& l, const GroupSizes& g) {
     regions.push_back(
         {l.StagedRow(0, 0, 0),
          l.StagedValues(kMaxBlocks - 1, kChunkSlots - 1, kSumChunkTokens - 1) + g.top_k * 4});
+  }
+  if (g.latency_tokens > 0) {
+    const int slot = g.latency_tokens - 1, choices_sent = g.latency_tokens * g.top_k;
+    regions.push_back(
+        {l.IdVector(0, 0, 0), l.IdVector(1, last, (choices_sent - 1) / kIdsPerVector) + 16});
+    regions.push_back({l.WireRow(0, 0, 0), l.WireRow(1, last, slot) +
+                                               Layout::WireWeight(g.row_bytes, g.top_k - 1) + 8});
   }
   return regions;
 }
@@ -69,9 +76,29 @@ TEST(RowsAreAligned) {
   }
 }
 
+// A wire row's parts do not overlap, and the next one begins behind it: a vector needs 16 bytes, a
+// mark and a weight 8.
+TEST(WireRowsAreAligned) {
+  for (const GroupSizes& sizes : kSizes) {
+    if (sizes.latency_tokens == 0) continue;
+    const Layout layout(sizes);
+    const int batches = Layout::Batches(sizes.row_bytes);
+    CHECK(batches * kBatchVectors * 16 >= sizes.row_bytes);
+    CHECK((batches - 1) * kBatchVectors * 16 < sizes.row_bytes);
+    CHECK_EQ(Layout::Mark(sizes.row_bytes, 0), sizes.row_bytes);
+    CHECK_EQ(Layout::WireWeight(sizes.row_bytes, 0),
+             Layout::Mark(sizes.row_bytes, batches - 1) + 8);
+    CHECK(layout.wire_row_bytes >= Layout::WireWeight(sizes.row_bytes, sizes.top_k - 1) + 8);
+    CHECK_EQ(layout.wire_row_bytes % 128, 0);
+    const int last = sizes.latency_tokens - 1;
+    if (sizes.num_devices == 1) continue;
+    CHECK_EQ(layout.WireRow(1, 0, last) + layout.wire_row_bytes, layout.WireRow(1, 1, 0));
+  }
+}
+
 // Two halves of R rows of each token, and little else.
 TEST(HeapOfEightDevices) {
-  const Layout layout({8, 32, 4096, 8, 14336, 0});
+  const Layout layout({8, 32, 4096, 8, 14336, 0, 0});
   const double rows = 2.0 * 8 * 4096 * 14336;
   CHECK(layout.bytes >= rows);
   CHECK(layout.bytes < 1.02 * rows);
