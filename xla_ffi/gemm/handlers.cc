@@ -16,7 +16,6 @@ using Weights = ffi::Buffer<ffi::BF16, 3>;
 using Ints = ffi::Buffer<ffi::S32, 1>;
 using MatrixOut = ffi::ResultBuffer<ffi::BF16, 2>;
 using WeightsOut = ffi::ResultBuffer<ffi::BF16, 3>;
-using IntsOut = ffi::ResultBuffer<ffi::S32, 1>;
 
 ffi::Error Status(cudaError_t error) {
   if (error == cudaSuccess) return ffi::Error::Success();
@@ -51,57 +50,55 @@ ffi::ErrorOr<Shape> ShapeOf(const ffi::Span<const int64_t>& rows, int64_t featur
 }
 
 ffi::Error Forward(cudaStream_t stream, int32_t device, Matrix x, Weights w, Ints group_sizes,
-                   MatrixOut y, IntsOut counter) {
+                   MatrixOut y) {
   const auto shape = ShapeOf(x.dimensions(), y->dimensions()[1], w.dimensions(), group_sizes);
   if (shape.has_error()) return shape.error();
   const auto num_sms = NumSms(device);
   if (num_sms.has_error()) return num_sms.error();
   return Status(LaunchForward(stream, *num_sms, *shape, x.typed_data(), w.typed_data(),
-                              group_sizes.typed_data(), y->typed_data(), counter->typed_data()));
+                              group_sizes.typed_data(), y->typed_data()));
 }
 
 ffi::Error InputGrad(cudaStream_t stream, int32_t device, Matrix d_y, Weights w, Ints group_sizes,
-                     MatrixOut d_x, IntsOut counter) {
+                     MatrixOut d_x) {
   const auto shape = ShapeOf(d_y.dimensions(), d_x->dimensions()[1], w.dimensions(), group_sizes);
   if (shape.has_error()) return shape.error();
   const auto num_sms = NumSms(device);
   if (num_sms.has_error()) return num_sms.error();
   return Status(LaunchInputGrad(stream, *num_sms, *shape, d_y.typed_data(), w.typed_data(),
-                                group_sizes.typed_data(), d_x->typed_data(),
-                                counter->typed_data()));
+                                group_sizes.typed_data(), d_x->typed_data()));
 }
 
 ffi::Error WeightGrad(cudaStream_t stream, int32_t device, Matrix x, Matrix d_y, Ints group_sizes,
-                      WeightsOut d_w, IntsOut counter) {
+                      WeightsOut d_w) {
   const auto shape = ShapeOf(x.dimensions(), d_y.dimensions()[1], d_w->dimensions(), group_sizes);
   if (shape.has_error()) return shape.error();
   const auto num_sms = NumSms(device);
   if (num_sms.has_error()) return num_sms.error();
   return Status(LaunchWeightGrad(stream, *num_sms, *shape, x.typed_data(), d_y.typed_data(),
-                                 group_sizes.typed_data(), d_w->typed_data(),
-                                 counter->typed_data()));
+                                 group_sizes.typed_data(), d_w->typed_data()));
 }
 
 ffi::Error SwigluSaving(cudaStream_t stream, int32_t device, Matrix x, Weights gate, Weights up,
-                        Ints group_sizes, MatrixOut y, MatrixOut a, MatrixOut b, IntsOut counter) {
+                        Ints group_sizes, MatrixOut y, MatrixOut a, MatrixOut b) {
   const auto shape = ShapeOf(x.dimensions(), y->dimensions()[1], gate.dimensions(), group_sizes);
   if (shape.has_error()) return shape.error();
   const auto num_sms = NumSms(device);
   if (num_sms.has_error()) return num_sms.error();
   return Status(LaunchSwiglu(stream, *num_sms, *shape, x.typed_data(), gate.typed_data(),
                              up.typed_data(), group_sizes.typed_data(), y->typed_data(),
-                             a->typed_data(), b->typed_data(), counter->typed_data()));
+                             a->typed_data(), b->typed_data()));
 }
 
 ffi::Error Swiglu(cudaStream_t stream, int32_t device, Matrix x, Weights gate, Weights up,
-                  Ints group_sizes, MatrixOut y, IntsOut counter) {
+                  Ints group_sizes, MatrixOut y) {
   const auto shape = ShapeOf(x.dimensions(), y->dimensions()[1], gate.dimensions(), group_sizes);
   if (shape.has_error()) return shape.error();
   const auto num_sms = NumSms(device);
   if (num_sms.has_error()) return num_sms.error();
   return Status(LaunchSwiglu(stream, *num_sms, *shape, x.typed_data(), gate.typed_data(),
                              up.typed_data(), group_sizes.typed_data(), y->typed_data(), nullptr,
-                             nullptr, counter->typed_data()));
+                             nullptr));
 }
 
 // What every call begins with.
@@ -124,24 +121,21 @@ JAXMOE_HANDLER(jaxmoe_grouped_matmul, Forward,
                    .Arg<jaxmoe::gemm::Matrix>()   // x [C, D]
                    .Arg<jaxmoe::gemm::Weights>()  // w [L, D, F]
                    .Arg<jaxmoe::gemm::Ints>()     // group_sizes [L]
-                   .Ret<jaxmoe::gemm::Matrix>()   // y [C, F]
-                   .Ret<jaxmoe::gemm::Ints>());   // counter [1]: scratch
+                   .Ret<jaxmoe::gemm::Matrix>());   // y [C, F]
 
 JAXMOE_HANDLER(jaxmoe_grouped_input_grad, InputGrad,
                jaxmoe::gemm::BindCall()
                    .Arg<jaxmoe::gemm::Matrix>()   // d_y [C, F]
                    .Arg<jaxmoe::gemm::Weights>()  // w [L, D, F]
                    .Arg<jaxmoe::gemm::Ints>()     // group_sizes [L]
-                   .Ret<jaxmoe::gemm::Matrix>()   // d_x [C, D]
-                   .Ret<jaxmoe::gemm::Ints>());   // counter [1]: scratch
+                   .Ret<jaxmoe::gemm::Matrix>());   // d_x [C, D]
 
 JAXMOE_HANDLER(jaxmoe_grouped_weight_grad, WeightGrad,
                jaxmoe::gemm::BindCall()
                    .Arg<jaxmoe::gemm::Matrix>()   // x [C, D]
                    .Arg<jaxmoe::gemm::Matrix>()   // d_y [C, F]
                    .Arg<jaxmoe::gemm::Ints>()     // group_sizes [L]
-                   .Ret<jaxmoe::gemm::Weights>()  // d_w [L, D, F]
-                   .Ret<jaxmoe::gemm::Ints>());   // counter [1]: scratch
+                   .Ret<jaxmoe::gemm::Weights>());  // d_w [L, D, F]
 
 JAXMOE_HANDLER(jaxmoe_grouped_swiglu, Swiglu,
                jaxmoe::gemm::BindCall()
@@ -149,8 +143,7 @@ JAXMOE_HANDLER(jaxmoe_grouped_swiglu, Swiglu,
                    .Arg<jaxmoe::gemm::Weights>()  // gate [L, D, F]
                    .Arg<jaxmoe::gemm::Weights>()  // up [L, D, F]
                    .Arg<jaxmoe::gemm::Ints>()     // group_sizes [L]
-                   .Ret<jaxmoe::gemm::Matrix>()   // y [C, F]
-                   .Ret<jaxmoe::gemm::Ints>());   // counter [1]: scratch
+                   .Ret<jaxmoe::gemm::Matrix>());   // y [C, F]
 
 JAXMOE_HANDLER(jaxmoe_grouped_swiglu_saving, SwigluSaving,
                jaxmoe::gemm::BindCall()
@@ -160,8 +153,7 @@ JAXMOE_HANDLER(jaxmoe_grouped_swiglu_saving, SwigluSaving,
                    .Arg<jaxmoe::gemm::Ints>()     // group_sizes [L]
                    .Ret<jaxmoe::gemm::Matrix>()   // y [C, F]
                    .Ret<jaxmoe::gemm::Matrix>()   // x gate [C, F]
-                   .Ret<jaxmoe::gemm::Matrix>()   // x up [C, F]
-                   .Ret<jaxmoe::gemm::Ints>());   // counter [1]: scratch
+                   .Ret<jaxmoe::gemm::Matrix>());   // x up [C, F]
 
 // Loads the kernels on a device: left to the first launch, that could happen while a kernel of a
 // group waits for a peer whose host thread waits for this one. Returns CUDA's error code.

@@ -42,12 +42,22 @@ constexpr int kLoadRows = 32;  // rows in one load of B, when B's rows are token
 constexpr int kOutRows = 128;
 constexpr int kOutBytes = kOutRows * kRowBytes;
 
-constexpr int kSlots = 2;  // tile numbers on their way
+// Steps that the first warpgroup is ahead of the second in a tile: while one writes its results,
+// the other has the tensor cores for itself. At most kStages, which the second holds meanwhile.
+#ifndef JAXMOE_GEMM_LEAD
+#define JAXMOE_GEMM_LEAD 0
+#endif
+#ifndef JAXMOE_GEMM_GRAD_LEAD
+#define JAXMOE_GEMM_GRAD_LEAD 4
+#endif
+
+constexpr int kSlots = 2;  // tiles that the feeding warp has told the others of
+constexpr int kSlotBytes = 32;
 
 struct Barriers {
   uint64_t full[kStages], empty[kStages];          // data of a stage
-  uint64_t slot_full[kSlots], slot_empty[kSlots];  // tile numbers; slot_empty of rank 0 only
-  int slot[kSlots];
+  uint64_t slot_full[kSlots], slot_empty[kSlots];  // tiles
+  alignas(16) char slot[kSlots][kSlotBytes];
 };
 constexpr int kSharedBytes =
     kStages * kStageBytes + kMultipliers * kOutBytes + sizeof(Barriers) + kPatternBytes;
@@ -57,7 +67,21 @@ enum class Op {
   kInputGrad,   // d_x = d_y w^T
   kWeightGrad,  // d_w = x^T d_y per group
   kSwiglu,      // y = silu(x gate) (x up)
+  // The same of FP8 values with scales; weights are [L, F, D] for these.
+  kScaledForward,
+  kScaledSwiglu,
 };
+template <Op kOp>
+constexpr bool kIsScaled = kOp == Op::kScaledForward || kOp == Op::kScaledSwiglu;
+template <Op kOp>
+constexpr bool kIsGated = kOp == Op::kSwiglu || kOp == Op::kScaledSwiglu;
+
+// Elements of the contraction in a step: as many as a row of a tile holds.
+template <Op kOp>
+constexpr int kStepDepth = kIsScaled<kOp> ? kRowBytes : kDepth;
+// Numbers with one scale: a step's.
+constexpr int kScaleBlock = 128;
+constexpr int kScaleBytes = kMaxColumns * 4;  // of the columns, for a step
 
 // Operands of a call. With "rows" for tokens: A and B of the tensor cores' product are
 //   kForward, kSwiglu  weights [D, F] (gate: first warpgroup, up: second) and rows [C, D]
@@ -69,7 +93,9 @@ struct Params {
   CUtensorMap out;          // kWeightGrad only
   __nv_bfloat16* y;         // [C, features]
   __nv_bfloat16* saved[2];  // kSwiglu: x gate and x up, or null
-  int* counter;             // the next tile's number
+  CUtensorMap scales;       // of rows: [depth / kScaleBlock, C]; for kScaled.. only
+  // [L, features / kScaleBlock, depth / kScaleBlock]; [1]: up
+  const float* weight_scales[2];
   GroupSizes groups;
   int features;  // of the result: width of y, or D for kWeightGrad
   int depth;     // contracted, but for kWeightGrad
@@ -104,50 +130,73 @@ struct Shared {
   __device__ uint32_t SlotEmpty(int i) const {
     return barriers + offsetof(Barriers, slot_empty) + 8 * i;
   }
-  __device__ uint32_t Slot(int i) const { return barriers + offsetof(Barriers, slot) + 4 * i; }
+  __device__ uint32_t Slot(int i) const {
+    return barriers + offsetof(Barriers, slot) + kSlotBytes * i;
+  }
+  // kScaled..: behind what their results need, a warpgroup at a time, of the place for results.
+  __device__ uint32_t Scales(int stage) const {
+    return out + kMultipliers * kOutBytes / 2 + stage * kScaleBytes;
+  }
 };
+static_assert(kStages * kScaleBytes <= kMultipliers * kOutBytes / 2);
 
-// The sequence of tiles as a warp sees it.
+// The sequence of a cluster's tiles: every so-manieth, so that neighbours run at the same time. The
+// feeding warp finds them and tells the multiplying ones, which need their registers for results.
 template <Op kOp>
 class Schedule {
  public:
   static constexpr bool kRowTiles = kOp != Op::kWeightGrad;
 
   __device__ Schedule(const Params& p, const Shared& shared)
-      : tiles_(p.groups, p.num_major, p.num_minor), shared_(shared) {}
+      : tiles_(p.groups, p.num_major, p.num_minor),
+        shared_(shared),
+        number_(blockIdx.x / kCluster) {}
 
   // The next tile of this cluster; false after the last. By a whole warp.
   __device__ bool Next(Tile* tile) {
     __syncwarp();
-    WaitPublished(shared_.SlotFull(ring_.at), ring_.parity);
-    const int number = ReadNumber(shared_.Slot(ring_.at));
-    __syncwarp();
-    if (LaneId() == 0) Arrive(InBlock(shared_.SlotEmpty(ring_.at), 0));
-    ring_.Next();
-    return tiles_.Find(number, tile);
-  }
-
-  // Hands out numbers to all blocks of the cluster, as they ask for more. By one warp of rank 0.
-  // Clusters take them as they come: tiles differ in rows, clusters in speed, and a cluster may
-  // have to wait for its multiprocessors until others are done.
-  __device__ void Run(int* counter) {
-    Tile tile;
-    for (bool more = true; more; ring_.Next()) {
-      const int taken = LaneId() == 0 ? atomicAdd(counter, 1) : 0;
-      const int number = __shfl_sync(kAllLanes, taken, 0);
-      Wait(shared_.SlotEmpty(ring_.at), ring_.parity ^ 1);
-      if (LaneId() < kCluster) {
-        PublishInBlock(InBlock(shared_.Slot(ring_.at), LaneId()), number,
-                       InBlock(shared_.SlotFull(ring_.at), LaneId()));
-      }
-      more = tiles_.Find(number, &tile);
+    const bool found = tiles_.Find(number_, tile);
+    number_ += gridDim.x / kCluster;
+    Wait(shared_.SlotEmpty(ring_.at), ring_.parity ^ 1);
+    if (LaneId() == 0) {
+      const uint32_t slot = shared_.Slot(ring_.at);
+      const int row = found ? tile->row : tiles_.RowsEnd();
+      WriteShared(slot, uint4{found, Bits(row), Bits(tile->rows), Bits(tile->group)});
+      WriteShared(slot + 16, uint4{Bits(tile->major), Bits(tile->minor), 0, 0});
+      ArriveHere(shared_.SlotFull(ring_.at));
     }
+    ring_.Next();
+    return found;
   }
-
-  __device__ int RowsEnd() const { return tiles_.RowsEnd(); }
 
  private:
+  static __device__ uint32_t Bits(int value) { return static_cast<uint32_t>(value); }
+
   Tiles<kRowTiles> tiles_;
+  const Shared shared_;
+  int number_;
+  Ring<kSlots> ring_;
+};
+
+// The same sequence, as it is told to a multiplying warp.
+class ToldTiles {
+ public:
+  explicit __device__ ToldTiles(const Shared& shared) : shared_(shared) {}
+
+  // The next tile; false after the last, and then tile->row is where the rows of groups end.
+  __device__ bool Next(Tile* tile) {
+    Wait(shared_.SlotFull(ring_.at), ring_.parity);
+    const uint4 first = ReadShared(shared_.Slot(ring_.at));
+    const uint4 second = ReadShared(shared_.Slot(ring_.at) + 16);
+    __syncwarp();
+    if (LaneId() == 0) ArriveHere(shared_.SlotEmpty(ring_.at));
+    ring_.Next();
+    *tile = {static_cast<int>(first.w), static_cast<int>(first.y), static_cast<int>(first.z),
+             static_cast<int>(second.x), static_cast<int>(second.y)};
+    return first.x != 0;
+  }
+
+ private:
   const Shared shared_;
   Ring<kSlots> ring_;
 };
@@ -158,13 +207,13 @@ __device__ __forceinline__ int ColumnsOf(int rows) { return CeilDiv(rows, 16) * 
 // Steps of the contraction.
 template <Op kOp>
 __device__ __forceinline__ int StepsOf(const Params& p, const Tile& tile) {
-  return CeilDiv(kOp == Op::kWeightGrad ? tile.rows : p.depth, kDepth);
+  return CeilDiv(kOp == Op::kWeightGrad ? tile.rows : p.depth, kStepDepth<kOp>);
 }
 
 // The first feature that this block computes.
 template <Op kOp>
 __device__ __forceinline__ int FeatureOf(const Tile& tile) {
-  constexpr int kWidth = kOp == Op::kSwiglu ? kFeatures / 2 : kFeatures;
+  constexpr int kWidth = kIsGated<kOp> ? kFeatures / 2 : kFeatures;
   return (tile.major * kCluster + static_cast<int>(RankInCluster())) * kWidth;
 }
 
@@ -175,6 +224,30 @@ __device__ __forceinline__ void LoadShared(uint32_t to, const CUtensorMap& map, 
     LoadInBlocks(to, map, x, y, barrier, (1 << kCluster) - 1);
   } else {
     Load(to, map, x, y, barrier);
+  }
+}
+
+// Steps that weights are in the L2 cache before they are loaded: the stages alone do not hold what
+// must be on its way to use all of the memory's bandwidth.
+#ifndef JAXMOE_GEMM_AHEAD
+#define JAXMOE_GEMM_AHEAD 0
+#endif
+constexpr int kAhead = JAXMOE_GEMM_AHEAD;
+
+template <Op kOp>
+__device__ __forceinline__ void PrefetchWeights(const Params& p, int group, int feature, int step,
+                                                int steps) {
+  if (kAhead == 0 || step >= steps) return;
+  const int k = step * kStepDepth<kOp>;
+  if constexpr (kOp == Op::kForward) {
+    Prefetch(p.a, feature, k, group);
+    Prefetch(p.a, feature + 64, k, group);
+  } else if constexpr (kOp == Op::kSwiglu) {
+    Prefetch(p.a, feature, k, group);
+    Prefetch(p.a2, feature, k, group);
+  } else if constexpr (kOp != Op::kWeightGrad) {
+    Prefetch(p.a, k, feature, group);
+    if constexpr (kIsGated<kOp>) Prefetch(p.a2, k, feature, group);
   }
 }
 
@@ -193,19 +266,26 @@ __device__ void Feed(const Params& p, const Shared& shared, Schedule<kOp>* sched
     for (int step = 0; step < steps; ++step, ring.Next()) {
       Wait(shared.Empty(ring.at), ring.parity ^ 1);
       const uint32_t full = shared.Full(ring.at), a = shared.A(ring.at), b = shared.B(ring.at);
-      const int k = step * kDepth;
-      ArriveExpecting(full, kABytes + loads * kLoadBytes);
+      const int k = step * kStepDepth<kOp>;
+      ArriveExpecting(full, kABytes + loads * kLoadBytes + (kIsScaled<kOp> ? kScaleBytes : 0));
       if constexpr (kOp == Op::kForward) {
         Load(a, p.a, feature, k, tile.group, full);
         Load(a + kBlockBytes, p.a, feature + 64, k, tile.group, full);
       } else if constexpr (kOp == Op::kSwiglu) {
         Load(a, p.a, feature, k, tile.group, full);
         Load(a + kBlockBytes, p.a2, feature, k, tile.group, full);
-      } else if constexpr (kOp == Op::kInputGrad) {
+      } else if constexpr (kOp == Op::kInputGrad || kOp == Op::kScaledForward) {
         Load(a, p.a, k, feature, tile.group, full);
+      } else if constexpr (kOp == Op::kScaledSwiglu) {
+        Load(a, p.a, k, feature, tile.group, full);
+        Load(a + kBlockBytes, p.a2, k, feature, tile.group, full);
       } else {
         Load(a, p.a, feature, tile.row + k, full);
         Load(a + kBlockBytes, p.a, feature + 64, tile.row + k, full);
+      }
+      PrefetchWeights<kOp>(p, tile.group, feature, step + kAhead, steps);
+      if (kIsScaled<kOp> && step % kCluster == rank) {
+        LoadShared(shared.Scales(ring.at), p.scales, tile.row, step, full);
       }
       for (int i = rank; i < loads; i += kCluster) {
         const uint32_t to = b + i * kLoadBytes;
@@ -225,10 +305,41 @@ __device__ __forceinline__ void Release(const Shared& shared, int stage) {
   if (LaneId() < kCluster) Arrive(InBlock(shared.Empty(stage), LaneId()));
 }
 
+// Keeps the second warpgroup kLead steps behind the first; each tile is begun by both in turn.
+template <int kLead>
+class Lead {
+ public:
+  explicit __device__ Lead(int group) : group_(group) {}
+  // Before the first step of a tile.
+  __device__ void Begin() {
+    if constexpr (kLead > 0) {
+      SyncThreadsIf(group_ != 0 || !first_, group_ == 0 ? kBegun : kAhead, 256);
+      ArriveThreadsIf(group_ != 0, kBegun, 256);
+      first_ = false;
+    }
+  }
+  // After step `step` of `steps`; step -1 of 0 for a tile without any.
+  __device__ void Step(int step, int steps) {
+    if constexpr (kLead > 0) {
+      ArriveThreadsIf(group_ == 0 && step == min(kLead, steps) - 1, kAhead, 256);
+    }
+  }
+  // After the last tile.
+  __device__ void End() {
+    if constexpr (kLead > 0) SyncThreadsIf(group_ == 0 && !first_, kBegun, 256);
+  }
+
+ private:
+  static constexpr int kAhead = 2 + kMultipliers, kBegun = 3 + kMultipliers;
+  const int group_;
+  bool first_ = true;
+};
+
 // d = A B over `steps` stages. `a` and `b` describe the first stage's tiles.
-template <int kN, bool kTransposedA, bool kTransposedB>
-__device__ __forceinline__ void Multiply(const Shared& shared, Ring<kStages>* ring, int steps,
-                                         uint32_t a, uint32_t b, float (&d)[kAccumulators]) {
+template <int kN, bool kTransposedA, bool kTransposedB, int kLead>
+__device__ __forceinline__ void Multiply(const Shared& shared, Ring<kStages>* ring,
+                                         Lead<kLead>* lead, int steps, int all_steps, uint32_t a,
+                                         uint32_t b, float (&d)[kAccumulators]) {
   int last = 0;
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
@@ -242,6 +353,7 @@ __device__ __forceinline__ void Multiply(const Shared& shared, Ring<kStages>* ri
                                                   step > 0 || i > 0);
     }
     EndProducts();
+    lead->Step(step, all_steps);
     // The stage before is read; this one is being read while the next is waited for.
     WaitProducts<1>();
     if (step > 0) Release(shared, last);
@@ -249,7 +361,6 @@ __device__ __forceinline__ void Multiply(const Shared& shared, Ring<kStages>* ri
     ring->Next();
   }
   WaitProducts<0>();
-  TakeResults(d);
   if (steps > 0) Release(shared, last);
 }
 

@@ -15,27 +15,38 @@ struct Shape {
   int64_t num_rows, dim, features, num_groups;
 };
 
-// All arrays are bf16 on the device but `group_sizes` [num_groups] and `counter` [1], which is
-// scratch. Nothing is read back, allocated or waited for.
+// All arrays are bf16 on the device but `group_sizes` [num_groups]. Nothing is read back, allocated
+// or waited for.
 cudaError_t LaunchForward(cudaStream_t stream, int num_sms, const Shape& shape, const void* x,
-                          const void* w, const int32_t* group_sizes, void* y, int32_t* counter);
+                          const void* w, const int32_t* group_sizes, void* y);
 
 // d_x = d_y w^T for d_y [num_rows, features].
 cudaError_t LaunchInputGrad(cudaStream_t stream, int num_sms, const Shape& shape, const void* d_y,
-                            const void* w, const int32_t* group_sizes, void* d_x, int32_t* counter);
+                            const void* w, const int32_t* group_sizes, void* d_x);
 
 // d_w = x^T d_y for each group; zeros for an empty one.
 cudaError_t LaunchWeightGrad(cudaStream_t stream, int num_sms, const Shape& shape, const void* x,
-                             const void* d_y, const int32_t* group_sizes, void* d_w,
-                             int32_t* counter);
+                             const void* d_y, const int32_t* group_sizes, void* d_w);
 
 // y = silu(x gate) (x up). `a` = x gate and `b` = x up are written too, unless they are null.
 cudaError_t LaunchSwiglu(cudaStream_t stream, int num_sms, const Shape& shape, const void* x,
                          const void* gate, const void* up, const int32_t* group_sizes, void* y,
-                         void* a, void* b, int32_t* counter);
+                         void* a, void* b);
+
+// The same products of FP8 (e4m3) with float32 scales: `x` [num_rows, dim] with `x_scales`
+// [ceil(dim / 128), num_rows rounded up to 4], `w` [num_groups, features, dim] with `w_scales`
+// [num_groups, ceil(features / 128), ceil(dim / 128)]. `dim` is a multiple of 16.
+cudaError_t LaunchFp8Forward(cudaStream_t stream, int num_sms, const Shape& shape, const void* x,
+                             const float* x_scales, const void* w, const float* w_scales,
+                             const int32_t* group_sizes, void* y);
+cudaError_t LaunchFp8Swiglu(cudaStream_t stream, int num_sms, const Shape& shape, const void* x,
+                            const float* x_scales, const void* gate, const float* gate_scales,
+                            const void* up, const float* up_scales, const int32_t* group_sizes,
+                            void* y, void* a, void* b);
 
 // Loads the kernels on the current device, which a first launch would do at a worse moment.
 cudaError_t Preload();
+cudaError_t PreloadFp8();
 
 }  // namespace jaxmoe::gemm
 

@@ -28,8 +28,10 @@ constexpr int kPatternBytes = 8 * kRowBytes;
 constexpr int kDepth = 64;
 constexpr int kBlockBytes = kDepth * kRowBytes;
 __host__ __device__ constexpr uint32_t DescriptorStep(uint32_t bytes) { return bytes >> 4; }
+// Within the block: in a cluster the upper bits of an address say which block it is of.
+constexpr uint32_t kInBlockMask = (1 << 18) - 1;
 __device__ __forceinline__ uint32_t Descriptor(uint32_t address) {
-  return DescriptorStep(kBlockBytes) << 16 | DescriptorStep(address);
+  return DescriptorStep(kBlockBytes) << 16 | DescriptorStep(address & kInBlockMask);
 }
 __device__ __forceinline__ uint64_t WholeDescriptor(uint32_t low) {
   constexpr uint32_t kSwizzle128 = 1;

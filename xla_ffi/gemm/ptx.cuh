@@ -46,6 +46,19 @@ __device__ __forceinline__ void SyncThreads(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// If `on`: as SyncThreads, and counts for SyncThreads of others without waiting. Without a branch,
+// which between products would keep the compiler from overlapping them.
+__device__ __forceinline__ void SyncThreadsIf(bool on, int id, int threads) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p bar.sync %0, %1; }" ::"r"(id),
+               "r"(threads), "r"(static_cast<int>(on))
+               : "memory");
+}
+__device__ __forceinline__ void ArriveThreadsIf(bool on, int id, int threads) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p bar.arrive %0, %1; }" ::"r"(id),
+               "r"(threads), "r"(static_cast<int>(on))
+               : "memory");
+}
+
 __device__ __forceinline__ void InitBarrier(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -62,35 +75,31 @@ __device__ __forceinline__ void ArriveExpecting(uint32_t barrier, uint32_t bytes
 }
 
 // Arrives at a barrier of any block of the cluster, named by InBlock. Orders nothing but this
-// block's reading of shared memory: the wider scope of PublishInBlock costs a fence of the device.
+// block's reading of shared memory.
 __device__ __forceinline__ void Arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Until the phase of the given parity is over.
-__device__ __forceinline__ void Wait(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{ .reg .pred p;\n"
-      "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-      "@!p bra again; }" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
+// At one of this block, after what the thread did before.
+__device__ __forceinline__ void ArriveHere(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Writes a number into a block of the cluster and arrives at its barrier, for readers that wait
-// with WaitPublished.
-__device__ __forceinline__ void PublishInBlock(uint32_t address, int value, uint32_t barrier) {
-  asm volatile("st.shared::cluster.s32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
-               : "memory");
-}
-__device__ __forceinline__ void WaitPublished(uint32_t barrier, uint32_t parity) {
+// Whether the phase of the given parity is over; waits for a while.
+__device__ __forceinline__ bool IsOver(uint32_t barrier, uint32_t parity) {
+  uint32_t over;
   asm volatile(
       "{ .reg .pred p;\n"
-      "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
-      "@!p bra again; }" ::"r"(barrier),
-      "r"(parity)
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p; }"
+      : "=r"(over)
+      : "r"(barrier), "r"(parity)
       : "memory");
+  return over != 0;
+}
+__device__ __forceinline__ void Wait(uint32_t barrier, uint32_t parity) {
+  while (!IsOver(barrier, parity)) {
+  }
 }
 
 // Ordinary accesses of shared memory before this come before those of copy engine and tensor cores
@@ -126,6 +135,13 @@ __device__ __forceinline__ void LoadInBlocks(uint32_t to, const CUtensorMap& map
       : "memory");
 }
 
+// Brings a box to the L2 cache.
+__device__ __forceinline__ void Prefetch(const CUtensorMap& map, int x, int y, int z) {
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(&map), "r"(x),
+               "r"(y), "r"(z)
+               : "memory");
+}
+
 // Copies a box from shared memory, in the thread's next group; nothing outside of the tensor.
 __device__ __forceinline__ void Store(const CUtensorMap& map, int x, int y, int z, uint32_t from) {
   asm volatile(
@@ -136,9 +152,10 @@ __device__ __forceinline__ void Store(const CUtensorMap& map, int x, int y, int 
 __device__ __forceinline__ void EndStores() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
-// Until the thread's stores have read their shared memory.
+// Until all but the `kPending` latest groups of the thread's stores have read their shared memory.
+template <int kPending>
 __device__ __forceinline__ void WaitStoresRead() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 __device__ __forceinline__ void WaitStores() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
@@ -167,10 +184,10 @@ __device__ __forceinline__ void WriteShared(uint32_t address, uint4 v) {
                : "memory");
 }
 
-__device__ __forceinline__ int ReadNumber(uint32_t address) {
-  int value;
-  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
-  return value;
+__device__ __forceinline__ float2 ReadSharedPair(uint32_t address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
+  return v;
 }
 
 // Four 8 x 8 matrices of bf16 from a warp's registers; lane l gives the address of row l % 8 of

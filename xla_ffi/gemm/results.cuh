@@ -54,15 +54,16 @@ __device__ __forceinline__ uint32_t PieceAddress(uint32_t block, int row, int pi
   return block + row * kRowBytes + ((piece ^ (row % 8)) * 16);
 }
 
-// Writes up to kOutRows columns of the product as rows of y: 64 features of `rows` tokens.
-// y points to the first; `width` is its row length and `features` how many of it are left.
-__device__ __forceinline__ void WriteTokens(const Shared& shared, const Place& place,
+// Writes up to kRows columns of the product as rows of y: 64 features of `rows` tokens, laid out
+// at `out`. y points to the first; `width` is its row length and `features` how many of it are
+// left.
+template <int kRows>
+__device__ __forceinline__ void WriteTokens(uint32_t out, const Place& place,
                                             const uint32_t* packed, int rows, __nv_bfloat16* y,
                                             int width, int features) {
-  const uint32_t out = shared.out + place.group * kOutBytes;
   place.SyncGroup();  // the tile before has left
 #pragma unroll
-  for (int j = 0; j < kOutRows / 16; ++j) {
+  for (int j = 0; j < kRows / 16; ++j) {
     if (16 * j >= rows) break;
     const int row = 16 * j + place.lane / 16 * 8 + place.lane % 8;
     const int piece = 2 * place.warp + place.lane / 8 % 2;
@@ -82,16 +83,19 @@ __device__ __forceinline__ void WriteAllTokens(const Shared& shared, const Place
                                                const uint32_t (&packed)[kPacked], const Tile& tile,
                                                __nv_bfloat16* y, int feature, int width) {
   y += static_cast<int64_t>(tile.row) * width + feature;
-  WriteTokens(shared, place, packed, min(tile.rows, kOutRows), y, width, width - feature);
+  const uint32_t out = shared.out + place.group * kOutBytes;
+  const int left = width - feature;
+  WriteTokens<kOutRows>(out, place, packed, min(tile.rows, kOutRows), y, width, left);
   if (tile.rows <= kOutRows) return;
   y += static_cast<int64_t>(kOutRows) * width;
-  WriteTokens(shared, place, packed + kPackedHalf, tile.rows - kOutRows, y, width, width - feature);
+  WriteTokens<kOutRows>(out, place, packed + kPackedHalf, tile.rows - kOutRows, y, width, left);
 }
 
 __device__ __forceinline__ uint32_t Swiglu(uint32_t gate, uint32_t up) {
   const float2 a = __bfloat1622float2(PairOf(gate)), b = __bfloat1622float2(PairOf(up));
   return BitsOf(
-      __floats2bfloat162_rn(a.x * b.x / (1 + __expf(-a.x)), a.y * b.y / (1 + __expf(-a.y))));
+      __floats2bfloat162_rn(__fdividef(a.x * b.x, 1 + __expf(-a.x)),
+                            __fdividef(a.y * b.y, 1 + __expf(-a.y))));
 }
 
 // The first warpgroup holds x gate and the second x up, rounded, of the same features. Each gives
@@ -128,7 +132,8 @@ __device__ __forceinline__ void WriteSwiglu(const Shared& shared, const Place& p
   const int skipped = place.group * kOutRows;
   if (tile.rows <= skipped) return;
   y += static_cast<int64_t>(tile.row + skipped) * width + feature;
-  WriteTokens(shared, place, result, min(tile.rows - skipped, kOutRows), y, width, width - feature);
+  WriteTokens<kOutRows>(shared.out + place.group * kOutBytes, place, result,
+                        min(tile.rows - skipped, kOutRows), y, width, width - feature);
 }
 
 // Writes 64 rows and kMaxColumns columns of a weight's gradient, kOutRows / 64 blocks at a time.
@@ -137,11 +142,16 @@ __device__ __forceinline__ void WriteGradient(const Shared& shared, const Place&
                                               const uint32_t (&packed)[kPacked],
                                               const CUtensorMap& map, int column, int row,
                                               int group) {
-  const uint32_t out = shared.out + place.group * kOutBytes;
-  constexpr int kBlocks = kOutBytes / kBlockBytes;
+#ifndef JAXMOE_GEMM_OUT_BLOCKS
+#define JAXMOE_GEMM_OUT_BLOCKS 1
+#endif
+  constexpr int kBlocks = JAXMOE_GEMM_OUT_BLOCKS;
+  constexpr int kBuffers = kOutBytes / kBlockBytes / kBlocks;
 #pragma unroll
   for (int first = 0; first < kMaxColumns / kBlockColumns; first += kBlocks) {
-    if (place.thread == 0) WaitStoresRead();
+    const uint32_t out =
+        shared.out + place.group * kOutBytes + first / kBlocks % kBuffers * kBlocks * kBlockBytes;
+    if (place.thread == 0) WaitStoresRead<kBuffers - 1>();
     place.SyncGroup();
 #pragma unroll
     for (int j = 0; j < kBlocks * kBlockColumns / 16; ++j) {
@@ -162,6 +172,39 @@ __device__ __forceinline__ void WriteGradient(const Shared& shared, const Place&
   }
 }
 
+// The same without the copy engine, which then has the loads for itself.
+__device__ __forceinline__ void WriteGradientPlainly(const Shared& shared, const Place& place,
+                                                     const uint32_t (&packed)[kPacked],
+                                                     __nv_bfloat16* d_w, int column, int row,
+                                                     int rows, int width) {
+  constexpr int kBlocks = kOutBytes / kBlockBytes;
+  const uint32_t out = shared.out + place.group * kOutBytes;
+#pragma unroll
+  for (int first = 0; first < kMaxColumns / kBlockColumns; first += kBlocks) {
+    place.SyncGroup();  // the results before have left
+#pragma unroll
+    for (int j = 0; j < kBlocks * kBlockColumns / 16; ++j) {
+      const int piece = j % 4 * 2 + place.lane / 16;
+      StoreMatrices<false>(
+          PieceAddress(out + j / 4 * kBlockBytes, 16 * place.warp + place.lane % 16, piece),
+          packed + kPackedStep * (first * kBlockColumns / 16 + j));
+    }
+    place.SyncGroup();
+    // 16 pieces of a row, which lie side by side in d_w.
+    const int piece = place.thread % 16;
+    const int at = column + first * kBlockColumns + 8 * piece;
+    const uint32_t block = out + piece / 8 * kBlockBytes;
+    if (at >= width) continue;
+#pragma unroll
+    for (int i = 0; i < 64 / 8; ++i) {
+      const int r = place.thread / 16 + 8 * i;
+      if (row + r >= rows) break;
+      *reinterpret_cast<uint4*>(d_w + static_cast<int64_t>(row + r) * width + at) =
+          ReadShared(PieceAddress(block, r, piece % 8));
+    }
+  }
+}
+
 // Rows that belong to no group are zeros. By all multiplying threads of the grid.
 __device__ __forceinline__ void WriteZeros(__nv_bfloat16* y, int64_t begin, int64_t end) {
   constexpr int kVector = sizeof(uint4) / sizeof(__nv_bfloat16);
@@ -170,6 +213,15 @@ __device__ __forceinline__ void WriteZeros(__nv_bfloat16* y, int64_t begin, int6
   for (int64_t i = begin + thread * kVector; i < end; i += step) {
     *reinterpret_cast<uint4*>(y + i) = uint4{0, 0, 0, 0};
   }
+}
+
+__device__ __forceinline__ void WriteUnusedRows(const Params& p, int begin_row) {
+  const int64_t begin = static_cast<int64_t>(begin_row) * p.features;
+  const int64_t end = static_cast<int64_t>(p.groups.capacity) * p.features;
+  WriteZeros(p.y, begin, end);
+  if (p.saved[0] == nullptr) return;
+  WriteZeros(p.saved[0], begin, end);
+  WriteZeros(p.saved[1], begin, end);
 }
 
 }  // namespace jaxmoe::gemm

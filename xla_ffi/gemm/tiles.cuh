@@ -16,11 +16,11 @@ __host__ __device__ constexpr int CeilDiv(int a, int b) { return (a + b - 1) / b
 
 // A tile of the product of one group.
 struct Tile {
-  int group;
-  int row;    // first of its rows
-  int rows;   // how many
-  int major;  // which of `num_major` slices of the weight (or of its gradient's rows)
-  int minor;  // which of `num_minor`
+  int group = 0;
+  int row = 0;    // first of its rows
+  int rows = 0;   // how many
+  int major = 0;  // which of `num_major` slices of the weight (or of its gradient's rows)
+  int minor = 0;  // which of `num_minor`
 };
 
 struct GroupSizes {

@@ -21,9 +21,10 @@ __device__ __forceinline__ void WaitProducts() {
 }
 
 // Keeps the compiler from reading the results before the wait above this.
-__device__ __forceinline__ void TakeResults(float (&d)[kAccumulators]) {
+template <int kSize>
+__device__ __forceinline__ void TakeResults(float (&d)[kSize]) {
 #pragma unroll
-  for (int i = 0; i < kAccumulators; ++i) asm volatile("" : "+f"(d[i])::"memory");
+  for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 // d = a b, or d += a b if `add`. a is 64 x 16 and b 16 x kN.

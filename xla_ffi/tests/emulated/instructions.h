@@ -6,6 +6,7 @@
 
 #define JAXMOE_XLA_FFI_GEMM_PTX_CUH_
 #define JAXMOE_XLA_FFI_GEMM_WGMMA_CUH_
+#define JAXMOE_XLA_FFI_GEMM_WGMMA_FP8_CUH_
 
 #include "xla_ffi/gemm/layout.cuh"
 #include "xla_ffi/tests/emulated/cuda.h"
@@ -16,13 +17,18 @@ using emulated::Barrier;
 using emulated::Block;
 using emulated::Gpu;
 
-// An address of another block has its rank + 1 above these bits.
+// As on the GPU, a block's own addresses have its rank in a cluster above these bits. Those that
+// InBlock has mapped have a mark, too.
 constexpr int kRankShift = 24;
+constexpr uint32_t kMapped = 1u << 31;
 
 inline Gpu& ThisGpu() { return Gpu::Current(); }
 inline Block* ThisBlock() { return ThisGpu().Self().block; }
 
+inline uint32_t Unmapped(uint32_t address) { return address & ((1u << kRankShift) - 1); }
+
 inline char* Bytes(Block* block, uint32_t address, uint32_t bytes) {
+  address = Unmapped(address);
   if (address % bytes != 0) ThisGpu().Stop("shared memory: unaligned");
   if (address < emulated::kSharedBegin || address + bytes > block->shared.size()) {
     ThisGpu().Stop("shared memory: out of bounds");
@@ -30,32 +36,36 @@ inline char* Bytes(Block* block, uint32_t address, uint32_t bytes) {
   return &block->shared[address];
 }
 inline Barrier* BarrierAt(Block* block, uint32_t address) {
-  const auto found = block->barriers.find(address);
+  const auto found = block->barriers.find(Unmapped(address));
   if (found == block->barriers.end()) ThisGpu().Stop("barrier that is none");
   return &found->second;
 }
 inline Block* BlockOf(uint32_t mapped) {
-  if (mapped >> kRankShift == 0) ThisGpu().Stop("address that InBlock has not mapped");
-  return ThisGpu().BlockOf(ThisBlock()->cluster, (mapped >> kRankShift) - 1);
+  if ((mapped & kMapped) == 0) ThisGpu().Stop("address that InBlock has not mapped");
+  return ThisGpu().BlockOf(ThisBlock()->cluster, (mapped & ~kMapped) >> kRankShift);
 }
-inline uint32_t Unmapped(uint32_t mapped) { return mapped & ((1u << kRankShift) - 1); }
 
 // How TMA swizzles 128-byte rows: bits 4 to 6 of an address with bits 7 to 9.
 inline uint32_t Swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
 // An element for the copy engine or the tensor cores.
-inline uint16_t* AsyncElement(Block* block, uint32_t address) {
-  const uint32_t at = Swizzled(address);
+inline char* AsyncBytes(Block* block, uint32_t address, uint32_t bytes) {
+  const uint32_t at = Swizzled(Unmapped(address));
   if (block->unfenced[at / 16] != 0) ThisGpu().Stop("shared memory: written without FenceAsync");
-  return reinterpret_cast<uint16_t*>(Bytes(block, at, 2));
+  return Bytes(block, at, bytes);
+}
+inline uint16_t* AsyncElement(Block* block, uint32_t address) {
+  return reinterpret_cast<uint16_t*>(AsyncBytes(block, address, 2));
 }
 
-inline uint32_t SharedAddress(const void*) { return emulated::kSharedBegin; }
+inline uint32_t RankInCluster() { return ThisBlock()->rank; }
+inline uint32_t SharedAddress(const void*) {
+  return emulated::kSharedBegin | RankInCluster() << kRankShift;
+}
 inline char* SharedMemory() { return nullptr; }
 inline uint32_t InBlock(uint32_t address, uint32_t rank) {
-  return address | (rank + 1) << kRankShift;
+  return Unmapped(address) | rank << kRankShift | kMapped;
 }
-inline uint32_t RankInCluster() { return ThisBlock()->rank; }
 
 inline void SyncCluster() {
   constexpr int kBlockThreads = 384;
@@ -66,10 +76,18 @@ inline void SyncThreads(int id, int threads) {
   ThisGpu().Meet(&ThisBlock()->named[id], threads);
 }
 
+inline void SyncThreadsIf(bool on, int id, int threads) {
+  if (on) SyncThreads(id, threads);
+}
+inline void ArriveThreadsIf(bool on, int id, int threads) {
+  if (id >= emulated::kNamedBarriers) ThisGpu().Stop("named barrier that is none");
+  if (on) ThisGpu().Arrive(&ThisBlock()->named[id], threads);
+}
+
 inline void InitBarrier(uint32_t barrier, uint32_t arrivals) {
   Bytes(ThisBlock(), barrier, 8);
   const int count = static_cast<int>(arrivals);
-  ThisBlock()->barriers[barrier] = {count, count, 0, 0};
+  ThisBlock()->barriers[Unmapped(barrier)] = {count, count, 0, 0};
 }
 inline void FenceInit() {}
 inline void ArriveAt(Block* block, uint32_t barrier, uint32_t bytes) {
@@ -81,18 +99,13 @@ inline void ArriveAt(Block* block, uint32_t barrier, uint32_t bytes) {
 inline void ArriveExpecting(uint32_t barrier, uint32_t bytes) {
   ArriveAt(ThisBlock(), barrier, bytes);
 }
-inline void Arrive(uint32_t barrier) { ArriveAt(BlockOf(barrier), Unmapped(barrier), 0); }
+inline void Arrive(uint32_t barrier) { ArriveAt(BlockOf(barrier), barrier, 0); }
+inline void ArriveHere(uint32_t barrier) { ArriveAt(ThisBlock(), barrier, 0); }
 inline void Wait(uint32_t barrier, uint32_t parity) {
   const Barrier* b = BarrierAt(ThisBlock(), barrier);
   ThisGpu().WaitUntil([=] { return b->phase % 2 != static_cast<int>(parity); });
   ThisGpu().Yield();
 }
-
-inline void PublishInBlock(uint32_t address, int value, uint32_t barrier) {
-  std::memcpy(Bytes(BlockOf(address), Unmapped(address), 4), &value, 4);
-  Arrive(barrier);
-}
-inline void WaitPublished(uint32_t barrier, uint32_t parity) { Wait(barrier, parity); }
 
 inline void FenceAsync() {
   const int self = static_cast<int>(ThisGpu().Self().thread) + 1;
@@ -103,11 +116,12 @@ inline void FenceAsync() {
 inline char* ElementOf(const CUtensorMap& map, int64_t x, int64_t y, int64_t z) {
   const auto inside = [](int64_t i, uint64_t size) { return i >= 0 && i < int64_t(size); };
   if (!inside(x, map.dims[0]) || !inside(y, map.dims[1]) || !inside(z, map.dims[2])) return nullptr;
-  return map.data + 2 * x + y * int64_t(map.strides[0]) + z * int64_t(map.strides[1]);
+  return map.data + map.bytes * x + y * int64_t(map.strides[0]) + z * int64_t(map.strides[1]);
 }
 inline void CheckBox(const CUtensorMap& map, cuuint32_t rank, uint32_t address) {
   if (map.rank != rank) ThisGpu().Stop("copy with coordinates of another rank");
-  if (address % kPatternBytes != 0) ThisGpu().Stop("copy that is not aligned with the swizzle");
+  const uint32_t aligned = map.swizzled ? kPatternBytes : 128;
+  if (address % aligned != 0) ThisGpu().Stop("copy that is not aligned");
 }
 inline void LoadTo(Block* block, uint32_t to, const CUtensorMap& map, int x, int y, int z,
                    uint32_t barrier) {
@@ -116,14 +130,19 @@ inline void LoadTo(Block* block, uint32_t to, const CUtensorMap& map, int x, int
     for (uint32_t row = 0; row < map.box[1]; ++row) {
       for (uint32_t column = 0; column < map.box[0]; ++column) {
         const char* from = ElementOf(map, int64_t{x} + column, int64_t{y} + row, z);
-        uint16_t* element = AsyncElement(block, to + row * kRowBytes + 2 * column);
-        *element = 0;
-        if (from != nullptr) std::memcpy(element, from, 2);
+        const uint32_t at = to + (row * map.box[0] + column) * map.bytes;
+        char* element =
+            map.swizzled ? AsyncBytes(block, at, map.bytes) : Bytes(block, at, map.bytes);
+        std::memset(element, 0, map.bytes);
+        if (from != nullptr) std::memcpy(element, from, map.bytes);
       }
     }
-    b->bytes -= int64_t{map.box[0]} * map.box[1] * 2;
+    b->bytes -= int64_t{map.box[0]} * map.box[1] * map.bytes;
     b->EndIfComplete();
   });
+}
+inline void Prefetch(const CUtensorMap& map, int, int, int) {
+  if (map.rank != 3) ThisGpu().Stop("prefetch with coordinates of another rank");
 }
 inline void Load(uint32_t to, const CUtensorMap& map, int x, int y, uint32_t barrier) {
   CheckBox(map, 2, to);
@@ -160,15 +179,22 @@ inline void Store(const CUtensorMap& map, int x, int y, int z, uint32_t from) {
     *store = nullptr;
   });
 }
-inline void EndStores() {}
-inline void WaitStores() {
-  for (auto& store : ThisGpu().Self().stores) {
-    if (*store) (*store)();
-    *store = nullptr;
-  }
-  ThisGpu().Self().stores.clear();
+inline void EndStores() {
+  emulated::Fiber& self = ThisGpu().Self();
+  self.store_groups.push_back(std::move(self.stores));
+  self.stores.clear();
 }
-inline void WaitStoresRead() { WaitStores(); }
+template <int kPending>
+void WaitStoresRead() {
+  auto& groups = ThisGpu().Self().store_groups;
+  for (; groups.size() > kPending; groups.erase(groups.begin())) {
+    for (auto& store : groups.front()) {
+      if (*store) (*store)();
+      *store = nullptr;
+    }
+  }
+}
+inline void WaitStores() { WaitStoresRead<0>(); }
 
 template <int kRegisters>
 void GiveRegisters() {}
@@ -182,11 +208,11 @@ inline uint4 ReadShared(uint32_t address) {
 }
 inline void WriteShared(uint32_t address, uint4 value) {
   std::memcpy(Bytes(ThisBlock(), address, 16), &value, 16);
-  ThisBlock()->unfenced[address / 16] = static_cast<int>(ThisGpu().Self().thread) + 1;
+  ThisBlock()->unfenced[Unmapped(address) / 16] = static_cast<int>(ThisGpu().Self().thread) + 1;
 }
-inline int ReadNumber(uint32_t address) {
-  int value;
-  std::memcpy(&value, Bytes(ThisBlock(), address, 4), 4);
+inline float2 ReadSharedPair(uint32_t address) {
+  float2 value;
+  std::memcpy(&value, Bytes(ThisBlock(), address, 8), 8);
   return value;
 }
 
@@ -225,7 +251,8 @@ void WaitProducts() {
   }
   __syncwarp();  // a warp goes on together
 }
-inline void TakeResults(float (&)[kAccumulators]) {
+template <int kSize>
+void TakeResults(float (&)[kSize]) {
   const emulated::Fiber& self = ThisGpu().Self();
   if (!self.groups.empty() || !self.products.empty()) ThisGpu().Stop("results not waited for");
 }
@@ -259,6 +286,52 @@ struct Product {
         for (int k = 0; k < kInstructionDepth; ++k) {
           sum += Factor(block, WholeDescriptor(a), kTransposedA, row, k) *
                  Factor(block, WholeDescriptor(b), kTransposedB, column, k);
+        }
+        results[i] = sum;
+      }
+    };
+    if (ThisGpu().lazy()) {
+      ThisGpu().Self().products.push_back(run);
+    } else {
+      run();
+    }
+  }
+};
+
+// wgmma_fp8.cuh
+
+constexpr int kMaxHalfColumns = kMaxColumns / 2;
+constexpr int kHalfAccumulators = kMaxHalfColumns / 2;
+
+// e4m3: 1 sign, 4 exponent (bias 7) and 3 mantissa bits.
+inline float FromFp8(uint8_t code) {
+  const int exponent = code >> 3 & 15, mantissa = code & 7;
+  if ((code & 0x7f) == 0x7f) return NAN;
+  const float value = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9)
+                                    : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
+  return (code & 0x80) != 0 ? -value : value;
+}
+inline float Fp8Factor(Block* block, uint64_t descriptor, int i, int k) {
+  const uint32_t start = static_cast<uint32_t>(descriptor & 0x3fff) * 16;
+  const uint32_t stride = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) * 16;
+  const uint32_t address = start + i / 8 * stride + i % 8 * kRowBytes + k;
+  return FromFp8(static_cast<uint8_t>(*AsyncBytes(block, address, 1)));
+}
+
+template <int kN>
+struct Fp8Product {
+  static void Do(float (&d)[kHalfAccumulators], uint32_t a, uint32_t b, int add) {
+    Block* block = ThisBlock();
+    const int thread = threadIdx.x % 128, lane = thread % emulated::kWarpLanes;
+    float* results = d;
+    const auto run = [=] {
+      for (int i = 0; i < kN / 2; ++i) {
+        const int row = thread / emulated::kWarpLanes * 16 + lane / 4 + i / 2 % 2 * 8;
+        const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        float sum = add ? results[i] : 0;
+        for (int k = 0; k < 32; ++k) {
+          sum += Fp8Factor(block, WholeDescriptor(a), row, k) *
+                 Fp8Factor(block, WholeDescriptor(b), column, k);
         }
         results[i] = sum;
       }
