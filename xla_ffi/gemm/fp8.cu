@@ -134,32 +134,32 @@ __device__ __forceinline__ void MultiplyScaledTile(const Params& p, const Shared
   uint32_t packed0[kHalfPacked], packed1[kHalfPacked];
   PackHalf(sum0, packed0);
   PackHalf(sum1, packed1);
-  const auto write = [&](const uint32_t (&packed)[kHalfPacked], int h, __nv_bfloat16* y,
-                         int first) __attribute__((always_inline)) {
-    WriteHalf(shared, place, packed, tile.row + h * kN, min(tile.rows - h * kN, kN), y, first,
-              p.features);
-  };
   if constexpr (kGated) {
+    const int row0 = tile.row + place.group * kN, rows0 = min(tile.rows - place.group * kN, kN);
     if (p.saved[0] != nullptr) {
-      write(packed0, place.group, p.saved[0], feature);
-      write(packed1, place.group, p.saved[1], feature);
+      WriteHalf(shared, place, packed0, row0, rows0, p.saved[0], feature, p.features);
+      WriteHalf(shared, place, packed1, row0, rows0, p.saved[1], feature, p.features);
     }
 #pragma unroll
     for (int i = 0; i < kHalfPacked; ++i) packed0[i] = Swiglu(packed0[i], packed1[i]);
-    write(packed0, place.group, p.y, feature);
+    WriteHalf(shared, place, packed0, row0, rows0, p.y, feature, p.features);
   } else {
-    write(packed0, 0, p.y, feature + place.group * 64);
-    write(packed1, 1, p.y, feature + place.group * 64);
+    const int own = feature + place.group * 64;
+    WriteHalf(shared, place, packed0, tile.row, min(tile.rows, kN), p.y, own, p.features);
+    WriteHalf(shared, place, packed1, tile.row + kN, tile.rows - kN, p.y, own, p.features);
   }
+  // Keeps the compiler from joining the ends of all widths, and with them their registers.
+  asm volatile("// %0" ::"n"(kN) : "memory");
 }
 
 template <Op kOp>
-__device__ void MultiplyScaledTiles(const Params& p, const Shared& shared, ToldTiles* tiles) {
+__device__ __forceinline__ void MultiplyScaledTiles(const Params& p, const Shared& shared) {
+  ToldTiles tiles(shared);
   const Place place;
   const int steps = CeilDiv(p.depth, kStepDepth<kOp>);
   Ring<kStages> ring;
   Tile tile;
-  while (tiles->Next(&tile)) {
+  while (tiles.Next(&tile)) {
 #define JAXMOE_CASE(n)                                                      \
   case n:                                                                   \
     MultiplyScaledTile<kOp, n>(p, shared, place, tile, steps, &ring);       \
@@ -189,9 +189,15 @@ __device__ void MultiplyScaledTiles(const Params& p, const Shared& shared, ToldT
 
 template <Op kOp>
 __global__ void __launch_bounds__(kThreads, 1) ScaledProduct(const __grid_constant__ Params p) {
-  const Shared shared(SharedMemory());
-  RunBlock<kOp>(p, shared,
-                [&](ToldTiles* tiles) { MultiplyScaledTiles<kOp>(p, shared, tiles); });
+  const Shared shared = Shared::Of<kOp>(SharedMemory());
+  BeginBlock(shared);
+  if (IsFeeder()) {
+    FeedBlock<kOp>(p, shared);
+  } else {
+    TakeRegisters<kTakenRegisters>();
+    MultiplyScaledTiles<kOp>(p, shared);
+  }
+  EndBlock();
 }
 
 Params MakeScaled(const Shape& s, const int32_t* group_sizes, void* y, int tile_width) {

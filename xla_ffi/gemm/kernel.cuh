@@ -42,15 +42,6 @@ constexpr int kLoadRows = 32;  // rows in one load of B, when B's rows are token
 constexpr int kOutRows = 128;
 constexpr int kOutBytes = kOutRows * kRowBytes;
 
-// Steps that the first warpgroup is ahead of the second in a tile: while one writes its results,
-// the other has the tensor cores for itself. At most kStages, which the second holds meanwhile.
-#ifndef JAXMOE_GEMM_LEAD
-#define JAXMOE_GEMM_LEAD 0
-#endif
-#ifndef JAXMOE_GEMM_GRAD_LEAD
-#define JAXMOE_GEMM_GRAD_LEAD 4
-#endif
-
 constexpr int kSlots = 2;  // tiles that the feeding warp has told the others of
 constexpr int kSlotBytes = 32;
 
@@ -59,8 +50,6 @@ struct Barriers {
   uint64_t slot_full[kSlots], slot_empty[kSlots];  // tiles
   alignas(16) char slot[kSlots][kSlotBytes];
 };
-constexpr int kSharedBytes =
-    kStages * kStageBytes + kMultipliers * kOutBytes + sizeof(Barriers) + kPatternBytes;
 
 enum class Op {
   kForward,     // y = x w
@@ -73,6 +62,17 @@ enum class Op {
 };
 template <Op kOp>
 constexpr bool kIsScaled = kOp == Op::kScaledForward || kOp == Op::kScaledSwiglu;
+// The weight gradient has few steps to a tile, and much to write: room for all of a tile's results
+// is worth more to it than a fourth stage.
+constexpr int kGradStages = 3;
+template <Op kOp>
+constexpr int kStagesOf = kOp == Op::kWeightGrad ? kGradStages : kStages;
+template <Op kOp>
+constexpr int kOutBytesOf = kOp == Op::kWeightGrad ? 2 * kOutBytes : kOutBytes;
+constexpr int kSharedBytes = kStages * kStageBytes + kMultipliers * kOutBytes +
+                             static_cast<int>(sizeof(Barriers)) + kPatternBytes;
+static_assert(kGradStages * kStageBytes + 2 * kMultipliers * kOutBytes <=
+              kStages * kStageBytes + kMultipliers * kOutBytes);
 template <Op kOp>
 constexpr bool kIsGated = kOp == Op::kSwiglu || kOp == Op::kScaledSwiglu;
 
@@ -116,10 +116,14 @@ struct Ring {
 struct Shared {
   uint32_t stages, out, barriers;
 
-  explicit __device__ Shared(const char* memory)
+  __device__ Shared(const char* memory, int num_stages, int out_bytes)
       : stages((SharedAddress(memory) + kPatternBytes - 1) / kPatternBytes * kPatternBytes),
-        out(stages + kStages * kStageBytes),
-        barriers(out + kMultipliers * kOutBytes) {}
+        out(stages + num_stages * kStageBytes),
+        barriers(out + kMultipliers * out_bytes) {}
+  template <Op kOp>
+  static __device__ Shared Of(const char* memory) {
+    return Shared(memory, kStagesOf<kOp>, kOutBytesOf<kOp>);
+  }
   __device__ uint32_t A(int stage) const { return stages + stage * kStageBytes; }
   __device__ uint32_t B(int stage) const { return A(stage) + kABytes; }
   __device__ uint32_t Full(int i) const { return barriers + offsetof(Barriers, full) + 8 * i; }
@@ -210,6 +214,14 @@ __device__ __forceinline__ int StepsOf(const Params& p, const Tile& tile) {
   return CeilDiv(kOp == Op::kWeightGrad ? tile.rows : p.depth, kStepDepth<kOp>);
 }
 
+// Which part of the contraction is step `step`. A part of a group's rows that is less than kDepth
+// comes first, when no products are waiting.
+template <Op kOp>
+__device__ __forceinline__ int PlaceOf(int step, const Tile& tile) {
+  if (kOp != Op::kWeightGrad || tile.rows % kDepth == 0) return step;
+  return step == 0 ? tile.rows / kDepth : step - 1;
+}
+
 // The first feature that this block computes.
 template <Op kOp>
 __device__ __forceinline__ int FeatureOf(const Tile& tile) {
@@ -227,35 +239,11 @@ __device__ __forceinline__ void LoadShared(uint32_t to, const CUtensorMap& map, 
   }
 }
 
-// Steps that weights are in the L2 cache before they are loaded: the stages alone do not hold what
-// must be on its way to use all of the memory's bandwidth.
-#ifndef JAXMOE_GEMM_AHEAD
-#define JAXMOE_GEMM_AHEAD 0
-#endif
-constexpr int kAhead = JAXMOE_GEMM_AHEAD;
-
-template <Op kOp>
-__device__ __forceinline__ void PrefetchWeights(const Params& p, int group, int feature, int step,
-                                                int steps) {
-  if (kAhead == 0 || step >= steps) return;
-  const int k = step * kStepDepth<kOp>;
-  if constexpr (kOp == Op::kForward) {
-    Prefetch(p.a, feature, k, group);
-    Prefetch(p.a, feature + 64, k, group);
-  } else if constexpr (kOp == Op::kSwiglu) {
-    Prefetch(p.a, feature, k, group);
-    Prefetch(p.a2, feature, k, group);
-  } else if constexpr (kOp != Op::kWeightGrad) {
-    Prefetch(p.a, k, feature, group);
-    if constexpr (kIsGated<kOp>) Prefetch(p.a2, k, feature, group);
-  }
-}
-
 // The feeding warp: loads all steps of all tiles, as fast as stages come free.
 template <Op kOp>
 __device__ void Feed(const Params& p, const Shared& shared, Schedule<kOp>* schedule) {
   const int rank = static_cast<int>(RankInCluster());
-  Ring<kStages> ring;
+  Ring<kStagesOf<kOp>> ring;
   Tile tile;
   while (schedule->Next(&tile)) {
     const int steps = StepsOf<kOp>(p, tile), feature = FeatureOf<kOp>(tile);
@@ -266,7 +254,7 @@ __device__ void Feed(const Params& p, const Shared& shared, Schedule<kOp>* sched
     for (int step = 0; step < steps; ++step, ring.Next()) {
       Wait(shared.Empty(ring.at), ring.parity ^ 1);
       const uint32_t full = shared.Full(ring.at), a = shared.A(ring.at), b = shared.B(ring.at);
-      const int k = step * kStepDepth<kOp>;
+      const int k = PlaceOf<kOp>(step, tile) * kStepDepth<kOp>;
       ArriveExpecting(full, kABytes + loads * kLoadBytes + (kIsScaled<kOp> ? kScaleBytes : 0));
       if constexpr (kOp == Op::kForward) {
         Load(a, p.a, feature, k, tile.group, full);
@@ -283,7 +271,6 @@ __device__ void Feed(const Params& p, const Shared& shared, Schedule<kOp>* sched
         Load(a, p.a, feature, tile.row + k, full);
         Load(a + kBlockBytes, p.a, feature + 64, tile.row + k, full);
       }
-      PrefetchWeights<kOp>(p, tile.group, feature, step + kAhead, steps);
       if (kIsScaled<kOp> && step % kCluster == rank) {
         LoadShared(shared.Scales(ring.at), p.scales, tile.row, step, full);
       }
@@ -305,42 +292,12 @@ __device__ __forceinline__ void Release(const Shared& shared, int stage) {
   if (LaneId() < kCluster) Arrive(InBlock(shared.Empty(stage), LaneId()));
 }
 
-// Keeps the second warpgroup kLead steps behind the first; each tile is begun by both in turn.
-template <int kLead>
-class Lead {
- public:
-  explicit __device__ Lead(int group) : group_(group) {}
-  // Before the first step of a tile.
-  __device__ void Begin() {
-    if constexpr (kLead > 0) {
-      SyncThreadsIf(group_ != 0 || !first_, group_ == 0 ? kBegun : kAhead, 256);
-      ArriveThreadsIf(group_ != 0, kBegun, 256);
-      first_ = false;
-    }
-  }
-  // After step `step` of `steps`; step -1 of 0 for a tile without any.
-  __device__ void Step(int step, int steps) {
-    if constexpr (kLead > 0) {
-      ArriveThreadsIf(group_ == 0 && step == min(kLead, steps) - 1, kAhead, 256);
-    }
-  }
-  // After the last tile.
-  __device__ void End() {
-    if constexpr (kLead > 0) SyncThreadsIf(group_ == 0 && !first_, kBegun, 256);
-  }
-
- private:
-  static constexpr int kAhead = 2 + kMultipliers, kBegun = 3 + kMultipliers;
-  const int group_;
-  bool first_ = true;
-};
-
-// d = A B over `steps` stages. `a` and `b` describe the first stage's tiles.
-template <int kN, bool kTransposedA, bool kTransposedB, int kLead>
-__device__ __forceinline__ void Multiply(const Shared& shared, Ring<kStages>* ring,
-                                         Lead<kLead>* lead, int steps, int all_steps, uint32_t a,
-                                         uint32_t b, float (&d)[kAccumulators]) {
-  int last = 0;
+// d = A B over `steps` stages, or d += A B if the products of a stage `open` are on their way.
+// `a` and `b` describe the first stage's tiles.
+template <int kN, bool kTransposedA, bool kTransposedB, typename StageRing>
+__device__ __forceinline__ void Multiply(const Shared& shared, StageRing* ring, int steps, int open,
+                                         uint32_t a, uint32_t b, float (&d)[kAccumulators]) {
+  int last = open;
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     Wait(shared.Full(ring->at), ring->parity);
@@ -350,19 +307,19 @@ __device__ __forceinline__ void Multiply(const Shared& shared, Ring<kStages>* ri
     for (int i = 0; i < kDepth / kInstructionDepth; ++i) {
       Product<kN, kTransposedA, kTransposedB>::Do(d, a + stage + i * kDepthStep<kTransposedA>,
                                                   b + stage + i * kDepthStep<kTransposedB>,
-                                                  step > 0 || i > 0);
+                                                  i > 0 || last >= 0);
     }
     EndProducts();
-    lead->Step(step, all_steps);
     // The stage before is read; this one is being read while the next is waited for.
     WaitProducts<1>();
-    if (step > 0) Release(shared, last);
+    if (last >= 0) Release(shared, last);
     last = ring->at;
     ring->Next();
   }
   WaitProducts<0>();
-  if (steps > 0) Release(shared, last);
+  if (last >= 0) Release(shared, last);
 }
+constexpr int kNoStage = -1;
 
 }  // namespace jaxmoe::gemm
 

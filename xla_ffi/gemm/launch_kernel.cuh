@@ -25,23 +25,23 @@ __device__ __forceinline__ void InitBarriers(const Shared& shared) {
   FenceInit();
 }
 
-// The whole of a block; `multiply` is what the multiplying threads do.
-template <Op kOp, typename Multiply>
-__device__ __forceinline__ void RunBlock(const Params& p, const Shared& shared, Multiply multiply) {
+// What a block begins with; then its first warpgroup feeds, the others multiply, and all end it.
+__device__ __forceinline__ void BeginBlock(const Shared& shared) {
   if (threadIdx.x == 0) InitBarriers(shared);
   SyncCluster();
-  if (threadIdx.x < 128) {
-    GiveRegisters<kGivenRegisters>();
-    if (threadIdx.x < 32) {
-      Schedule<kOp> schedule(p, shared);
-      Feed<kOp>(p, shared, &schedule);
-    }
-  } else {
-    TakeRegisters<kTakenRegisters>();
-    ToldTiles tiles(shared);
-    multiply(&tiles);
-  }
-  // Others may still write to this block's memory.
+}
+__device__ __forceinline__ bool IsFeeder() { return threadIdx.x < 128; }
+
+template <Op kOp>
+__device__ __forceinline__ void FeedBlock(const Params& p, const Shared& shared) {
+  GiveRegisters<kGivenRegisters>();
+  if (threadIdx.x >= 32) return;
+  Schedule<kOp> schedule(p, shared);
+  Feed<kOp>(p, shared, &schedule);
+}
+
+// Others may still write to this block's memory.
+__device__ __forceinline__ void EndBlock() {
   __syncwarp();
   SyncCluster();
 }

@@ -12,13 +12,13 @@ namespace jaxmoe::gemm {
 namespace {
 
 // Products of a tile's tokens, as wide as they are many.
-template <bool kTransposedA, int kLead>
-__device__ __forceinline__ void MultiplyTokens(const Shared& shared, Ring<kStages>* ring,
-                                               Lead<kLead>* lead, int steps, int columns,
-                                               uint32_t a, uint32_t b, float (&d)[kAccumulators]) {
-#define JAXMOE_CASE(n)                                                           \
-  case n:                                                                        \
-    Multiply<n, kTransposedA, false>(shared, ring, lead, steps, steps, a, b, d); \
+template <bool kTransposedA, typename StageRing>
+__device__ __forceinline__ void MultiplyTokens(const Shared& shared, StageRing* ring, int steps,
+                                               int columns, uint32_t a, uint32_t b,
+                                               float (&d)[kAccumulators]) {
+#define JAXMOE_CASE(n)                                                        \
+  case n:                                                                     \
+    Multiply<n, kTransposedA, false>(shared, ring, steps, kNoStage, a, b, d); \
     break;
   switch (columns) {
     JAXMOE_CASE(16)
@@ -42,94 +42,86 @@ __device__ __forceinline__ void MultiplyTokens(const Shared& shared, Ring<kStage
 }
 
 template <int kCount>
-__device__ __forceinline__ void ProductsOfRows(float (&d)[kAccumulators], uint32_t a, uint32_t b,
-                                               int add) {
+__device__ __forceinline__ void ProductsOfRows(float (&d)[kAccumulators], uint32_t a, uint32_t b) {
   BeginProducts();
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     Product<kMaxColumns, true, true>::Do(d, a + i * kDepthStep<true>, b + i * kDepthStep<true>,
-                                         i > 0 ? 1 : add);
+                                         i > 0);
   }
   EndProducts();
 }
 
-// The last step of a group whose rows are no multiple of kDepth: the loaded rows beyond the group
-// are the next group's, or anything. Those that an instruction would read become zeros, in both
-// factors, for they may hold NaN. Both warpgroups do so in B: they must not wait for each other.
-template <int kLead>
-__device__ __forceinline__ void MultiplyRest(const Shared& shared, const Place& place,
-                                             Ring<kStages>* ring, Lead<kLead>* lead, int before,
-                                             int rows, uint32_t a, uint32_t b,
-                                             float (&d)[kAccumulators]) {
-  Wait(shared.Full(ring->at), ring->parity);
+// The first step of a group whose rows are no multiple of kDepth: `rows` of the loaded ones are the
+// group's, the others the next group's, or anything. Those that an instruction would read become
+// zeros, in both factors, for they may hold NaN. Both warpgroups do so in B: they must not wait for
+// each other.
+__device__ __forceinline__ void BeginRows(const Shared& shared, const Place& place, int stage,
+                                          int rows, uint32_t a, uint32_t b,
+                                          float (&d)[kAccumulators]) {
   const int instructions = CeilDiv(rows, kInstructionDepth);
   const int extra = instructions * kInstructionDepth - rows;
   constexpr int kPieces = (1 + kMaxColumns / kBlockColumns) * (kRowBytes / 16);
   for (int i = place.thread; i < extra * kPieces; i += 128) {
     const int row = rows + i / kPieces, piece = i % kPieces;
     const int block = piece / (kRowBytes / 16);
-    const uint32_t from = block == 0 ? shared.A(ring->at) + place.group * kBlockBytes
-                                     : shared.B(ring->at) + (block - 1) * kBlockBytes;
+    const uint32_t from = block == 0 ? shared.A(stage) + place.group * kBlockBytes
+                                     : shared.B(stage) + (block - 1) * kBlockBytes;
     WriteShared(PieceAddress(from, row, piece % (kRowBytes / 16)), uint4{0, 0, 0, 0});
   }
   FenceAsync();
   place.SyncGroup();
-  const uint32_t stage = ring->at * DescriptorStep(kStageBytes);
-  const int add = before > 0;
+  a += stage * DescriptorStep(kStageBytes);
+  b += stage * DescriptorStep(kStageBytes);
   switch (instructions) {
     case 1:
-      ProductsOfRows<1>(d, a + stage, b + stage, add);
+      ProductsOfRows<1>(d, a, b);
       break;
     case 2:
-      ProductsOfRows<2>(d, a + stage, b + stage, add);
+      ProductsOfRows<2>(d, a, b);
       break;
     case 3:
-      ProductsOfRows<3>(d, a + stage, b + stage, add);
+      ProductsOfRows<3>(d, a, b);
       break;
     case 4:
-      ProductsOfRows<4>(d, a + stage, b + stage, add);
+      ProductsOfRows<4>(d, a, b);
       break;
   }
-  lead->Step(before, before + 1);
-  WaitProducts<0>();
-  Release(shared, ring->at);
-  ring->Next();
 }
 
-template <int kLead>
+template <typename StageRing>
 __device__ __forceinline__ void MultiplyRows(const Shared& shared, const Place& place,
-                                             Ring<kStages>* ring, Lead<kLead>* lead, int rows,
-                                             uint32_t a, uint32_t b, float (&d)[kAccumulators]) {
-  const int whole = rows / kDepth, rest = rows % kDepth;
-  if (rows == 0) lead->Step(-1, 0);
-  const int steps = whole + (rest > 0);
-  if (whole > 0) Multiply<kMaxColumns, true, true>(shared, ring, lead, whole, steps, a, b, d);
-  if (rest > 0) MultiplyRest(shared, place, ring, lead, whole, rest, a, b, d);
+                                             StageRing* ring, int rows, uint32_t a, uint32_t b,
+                                             float (&d)[kAccumulators]) {
+  int open = kNoStage;
+  if (rows % kDepth > 0) {
+    Wait(shared.Full(ring->at), ring->parity);
+    BeginRows(shared, place, ring->at, rows % kDepth, a, b, d);
+    open = ring->at;
+    ring->Next();
+  }
+  Multiply<kMaxColumns, true, true>(shared, ring, rows / kDepth, open, a, b, d);
 }
 
 // The multiplying warpgroups: each has 64 of the block's features, and all columns.
 template <Op kOp>
-__device__ void MultiplyTiles(const Params& p, const Shared& shared, ToldTiles* tiles) {
+__device__ __forceinline__ void MultiplyTiles(const Params& p, const Shared& shared) {
+  ToldTiles tiles(shared);
   const Place place;
   constexpr bool kFromRows = kOp == Op::kWeightGrad;
   constexpr bool kTransposedA = kOp != Op::kInputGrad;
   const uint32_t a = Descriptor(shared.A(0) + place.group * kBlockBytes);
   const uint32_t b = Descriptor(shared.B(0));
-  Ring<kStages> ring;
-  Lead<kFromRows            ? JAXMOE_GEMM_GRAD_LEAD
-       : kOp == Op::kSwiglu ? 0
-                            : JAXMOE_GEMM_LEAD>
-      lead(place.group);
+  Ring<kStagesOf<kOp>> ring;
   Tile tile;
   float d[kAccumulators];
   uint32_t packed[kPacked];
-  while (tiles->Next(&tile)) {
-    lead.Begin();
+  while (tiles.Next(&tile)) {
     if constexpr (kFromRows) {
-      MultiplyRows(shared, place, &ring, &lead, tile.rows, a, b, d);
+      MultiplyRows(shared, place, &ring, tile.rows, a, b, d);
     } else {
-      MultiplyTokens<kTransposedA>(shared, &ring, &lead, StepsOf<kOp>(p, tile),
-                                   ColumnsOf(tile.rows), a, b, d);
+      MultiplyTokens<kTransposedA>(shared, &ring, StepsOf<kOp>(p, tile), ColumnsOf(tile.rows), a, b,
+                                   d);
     }
     TakeResults(d);
     Pack(d, packed);
@@ -139,14 +131,8 @@ __device__ void MultiplyTiles(const Params& p, const Shared& shared, ToldTiles* 
     }
     const int feature = FeatureOf<kOp>(tile);
     if constexpr (kFromRows) {
-#ifdef JAXMOE_GEMM_PLAIN
-      const int64_t size = static_cast<int64_t>(p.features) * p.depth;
-      WriteGradientPlainly(shared, place, packed, p.y + tile.group * size, tile.minor * kMaxColumns,
-                           feature + place.group * 64, p.features, p.depth);
-#else
       WriteGradient(shared, place, packed, p.out, tile.minor * kMaxColumns,
                     feature + place.group * 64, tile.group);
-#endif
     } else if constexpr (kOp == Op::kSwiglu) {
       if (p.saved[0] != nullptr) {
         WriteAllTokens(shared, place, packed, tile, p.saved[place.group], feature, p.features);
@@ -156,7 +142,6 @@ __device__ void MultiplyTiles(const Params& p, const Shared& shared, ToldTiles* 
       WriteAllTokens(shared, place, packed, tile, p.y, feature + place.group * 64, p.features);
     }
   }
-  lead.End();
   if constexpr (kFromRows) {
     if (place.thread == 0) WaitStores();
   } else {
@@ -166,9 +151,15 @@ __device__ void MultiplyTiles(const Params& p, const Shared& shared, ToldTiles* 
 
 template <Op kOp>
 __global__ void __launch_bounds__(kThreads, 1) GroupedProduct(const __grid_constant__ Params p) {
-  const Shared shared(SharedMemory());
-  RunBlock<kOp>(p, shared,
-                [&](ToldTiles* tiles) { MultiplyTiles<kOp>(p, shared, tiles); });
+  const Shared shared = Shared::Of<kOp>(SharedMemory());
+  BeginBlock(shared);
+  if (IsFeeder()) {
+    FeedBlock<kOp>(p, shared);
+  } else {
+    TakeRegisters<kTakenRegisters>();
+    MultiplyTiles<kOp>(p, shared);
+  }
+  EndBlock();
 }
 
 }  // namespace
@@ -191,7 +182,7 @@ cudaError_t LaunchInputGrad(cudaStream_t stream, int num_sms, const Shape& s, co
 
 cudaError_t LaunchWeightGrad(cudaStream_t stream, int num_sms, const Shape& s, const void* x,
                              const void* d_y, const int32_t* group_sizes, void* d_w) {
-  Params p = MakeParams(s, group_sizes, d_w, s.dim, kFeatures, s.features);
+  Params p = MakeParams(s, group_sizes, nullptr, s.dim, kFeatures, 0);
   p.num_minor = CeilDiv(static_cast<int>(s.features), kMaxColumns);
   const cudaError_t error =
       First({Describe(x, {s.dim, s.num_rows}, kDepth, &p.a),

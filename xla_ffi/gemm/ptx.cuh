@@ -46,19 +46,6 @@ __device__ __forceinline__ void SyncThreads(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// If `on`: as SyncThreads, and counts for SyncThreads of others without waiting. Without a branch,
-// which between products would keep the compiler from overlapping them.
-__device__ __forceinline__ void SyncThreadsIf(bool on, int id, int threads) {
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p bar.sync %0, %1; }" ::"r"(id),
-               "r"(threads), "r"(static_cast<int>(on))
-               : "memory");
-}
-__device__ __forceinline__ void ArriveThreadsIf(bool on, int id, int threads) {
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p bar.arrive %0, %1; }" ::"r"(id),
-               "r"(threads), "r"(static_cast<int>(on))
-               : "memory");
-}
-
 __device__ __forceinline__ void InitBarrier(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -135,13 +122,6 @@ __device__ __forceinline__ void LoadInBlocks(uint32_t to, const CUtensorMap& map
       : "memory");
 }
 
-// Brings a box to the L2 cache.
-__device__ __forceinline__ void Prefetch(const CUtensorMap& map, int x, int y, int z) {
-  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(&map), "r"(x),
-               "r"(y), "r"(z)
-               : "memory");
-}
-
 // Copies a box from shared memory, in the thread's next group; nothing outside of the tensor.
 __device__ __forceinline__ void Store(const CUtensorMap& map, int x, int y, int z, uint32_t from) {
   asm volatile(
@@ -152,10 +132,9 @@ __device__ __forceinline__ void Store(const CUtensorMap& map, int x, int y, int 
 __device__ __forceinline__ void EndStores() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
-// Until all but the `kPending` latest groups of the thread's stores have read their shared memory.
-template <int kPending>
+// Until the thread's stores have read their shared memory.
 __device__ __forceinline__ void WaitStoresRead() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 __device__ __forceinline__ void WaitStores() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");

@@ -136,73 +136,32 @@ __device__ __forceinline__ void WriteSwiglu(const Shared& shared, const Place& p
                         min(tile.rows - skipped, kOutRows), y, width, width - feature);
 }
 
-// Writes 64 rows and kMaxColumns columns of a weight's gradient, kOutRows / 64 blocks at a time.
-// The copy engine leaves out what is beyond the gradient's edges.
+// Writes 64 rows and kMaxColumns columns of a weight's gradient. The copy engine leaves out what is
+// beyond the gradient's edges, and is not waited for before the next tile is done.
 __device__ __forceinline__ void WriteGradient(const Shared& shared, const Place& place,
                                               const uint32_t (&packed)[kPacked],
                                               const CUtensorMap& map, int column, int row,
                                               int group) {
-#ifndef JAXMOE_GEMM_OUT_BLOCKS
-#define JAXMOE_GEMM_OUT_BLOCKS 1
-#endif
-  constexpr int kBlocks = JAXMOE_GEMM_OUT_BLOCKS;
-  constexpr int kBuffers = kOutBytes / kBlockBytes / kBlocks;
+  constexpr int kBlocks = kMaxColumns / kBlockColumns;
+  static_assert(kBlocks * kBlockBytes == kOutBytesOf<Op::kWeightGrad>);
+  const uint32_t out = shared.out + place.group * kOutBytesOf<Op::kWeightGrad>;
+  if (place.thread == 0) WaitStoresRead();
+  place.SyncGroup();
 #pragma unroll
-  for (int first = 0; first < kMaxColumns / kBlockColumns; first += kBlocks) {
-    const uint32_t out =
-        shared.out + place.group * kOutBytes + first / kBlocks % kBuffers * kBlocks * kBlockBytes;
-    if (place.thread == 0) WaitStoresRead<kBuffers - 1>();
-    place.SyncGroup();
-#pragma unroll
-    for (int j = 0; j < kBlocks * kBlockColumns / 16; ++j) {
-      const uint32_t block = out + j / 4 * kBlockBytes;
-      const int piece = j % 4 * 2 + place.lane / 16;
-      StoreMatrices<false>(PieceAddress(block, 16 * place.warp + place.lane % 16, piece),
-                           packed + kPackedStep * (first * kBlockColumns / 16 + j));
-    }
-    FenceAsync();
-    place.SyncGroup();
-    if (place.thread == 0) {
-#pragma unroll
-      for (int i = 0; i < kBlocks; ++i) {
-        Store(map, column + (first + i) * kBlockColumns, row, group, out + i * kBlockBytes);
-      }
-      EndStores();
-    }
+  for (int j = 0; j < kMaxColumns / 16; ++j) {
+    const int piece = j % 4 * 2 + place.lane / 16;
+    StoreMatrices<false>(PieceAddress(out + j / 4 * kBlockBytes, 16 * place.warp + place.lane % 16,
+                                      piece),
+                         packed + kPackedStep * j);
   }
-}
-
-// The same without the copy engine, which then has the loads for itself.
-__device__ __forceinline__ void WriteGradientPlainly(const Shared& shared, const Place& place,
-                                                     const uint32_t (&packed)[kPacked],
-                                                     __nv_bfloat16* d_w, int column, int row,
-                                                     int rows, int width) {
-  constexpr int kBlocks = kOutBytes / kBlockBytes;
-  const uint32_t out = shared.out + place.group * kOutBytes;
+  FenceAsync();
+  place.SyncGroup();
+  if (place.thread != 0) return;
 #pragma unroll
-  for (int first = 0; first < kMaxColumns / kBlockColumns; first += kBlocks) {
-    place.SyncGroup();  // the results before have left
-#pragma unroll
-    for (int j = 0; j < kBlocks * kBlockColumns / 16; ++j) {
-      const int piece = j % 4 * 2 + place.lane / 16;
-      StoreMatrices<false>(
-          PieceAddress(out + j / 4 * kBlockBytes, 16 * place.warp + place.lane % 16, piece),
-          packed + kPackedStep * (first * kBlockColumns / 16 + j));
-    }
-    place.SyncGroup();
-    // 16 pieces of a row, which lie side by side in d_w.
-    const int piece = place.thread % 16;
-    const int at = column + first * kBlockColumns + 8 * piece;
-    const uint32_t block = out + piece / 8 * kBlockBytes;
-    if (at >= width) continue;
-#pragma unroll
-    for (int i = 0; i < 64 / 8; ++i) {
-      const int r = place.thread / 16 + 8 * i;
-      if (row + r >= rows) break;
-      *reinterpret_cast<uint4*>(d_w + static_cast<int64_t>(row + r) * width + at) =
-          ReadShared(PieceAddress(block, r, piece % 8));
-    }
+  for (int i = 0; i < kBlocks; ++i) {
+    Store(map, column + i * kBlockColumns, row, group, out + i * kBlockBytes);
   }
+  EndStores();
 }
 
 // Rows that belong to no group are zeros. By all multiplying threads of the grid.

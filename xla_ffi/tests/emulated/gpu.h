@@ -72,9 +72,7 @@ struct Fiber {
   // Of the tensor cores: products of the open group, and of those not waited for.
   std::vector<std::function<void()>> products;
   std::vector<std::vector<std::function<void()>>> groups;
-  // Of the copy engine: stores of the open group, and of those not waited for.
-  std::vector<std::shared_ptr<std::function<void()>>> stores;
-  std::vector<std::vector<std::shared_ptr<std::function<void()>>>> store_groups;
+  std::vector<std::shared_ptr<std::function<void()>>> stores;  // not waited for
 };
 
 class Gpu {
@@ -132,14 +130,12 @@ class Gpu {
   void Yield() {
     if (Random(4) == 0) Switch();
   }
-  void Arrive(Meeting* meeting, int num_threads) {
-    if (++meeting->arrived < num_threads) return;
-    meeting->arrived = 0;
-    ++meeting->round;
-  }
   void Meet(Meeting* meeting, int num_threads) {
     const int round = meeting->round;
-    Arrive(meeting, num_threads);
+    if (++meeting->arrived == num_threads) {
+      meeting->arrived = 0;
+      ++meeting->round;
+    }
     WaitUntil([=] { return meeting->round != round; });
   }
   void MeetCluster(int num_threads) { Meet(&meetings_[fiber_->block->cluster], num_threads); }

@@ -76,14 +76,6 @@ inline void SyncThreads(int id, int threads) {
   ThisGpu().Meet(&ThisBlock()->named[id], threads);
 }
 
-inline void SyncThreadsIf(bool on, int id, int threads) {
-  if (on) SyncThreads(id, threads);
-}
-inline void ArriveThreadsIf(bool on, int id, int threads) {
-  if (id >= emulated::kNamedBarriers) ThisGpu().Stop("named barrier that is none");
-  if (on) ThisGpu().Arrive(&ThisBlock()->named[id], threads);
-}
-
 inline void InitBarrier(uint32_t barrier, uint32_t arrivals) {
   Bytes(ThisBlock(), barrier, 8);
   const int count = static_cast<int>(arrivals);
@@ -141,9 +133,6 @@ inline void LoadTo(Block* block, uint32_t to, const CUtensorMap& map, int x, int
     b->EndIfComplete();
   });
 }
-inline void Prefetch(const CUtensorMap& map, int, int, int) {
-  if (map.rank != 3) ThisGpu().Stop("prefetch with coordinates of another rank");
-}
 inline void Load(uint32_t to, const CUtensorMap& map, int x, int y, uint32_t barrier) {
   CheckBox(map, 2, to);
   LoadTo(ThisBlock(), to, map, x, y, 0, barrier);
@@ -179,22 +168,15 @@ inline void Store(const CUtensorMap& map, int x, int y, int z, uint32_t from) {
     *store = nullptr;
   });
 }
-inline void EndStores() {
-  emulated::Fiber& self = ThisGpu().Self();
-  self.store_groups.push_back(std::move(self.stores));
-  self.stores.clear();
-}
-template <int kPending>
-void WaitStoresRead() {
-  auto& groups = ThisGpu().Self().store_groups;
-  for (; groups.size() > kPending; groups.erase(groups.begin())) {
-    for (auto& store : groups.front()) {
-      if (*store) (*store)();
-      *store = nullptr;
-    }
+inline void EndStores() {}
+inline void WaitStores() {
+  for (auto& store : ThisGpu().Self().stores) {
+    if (*store) (*store)();
+    *store = nullptr;
   }
+  ThisGpu().Self().stores.clear();
 }
-inline void WaitStores() { WaitStoresRead<0>(); }
+inline void WaitStoresRead() { WaitStores(); }
 
 template <int kRegisters>
 void GiveRegisters() {}
