@@ -118,7 +118,7 @@ def test_values_and_gradients(case: str):
 
 @pytest.mark.parametrize("case", CASES)
 def test_fused_experts(case: str):
-    """Against the unfused computation in float64 with hidden values rounded as they are stored."""
+    """Against the unfused computation in float64."""
     rows, gate, sizes, _ = draw(case)
     rng = np.random.default_rng(9)
     num_groups, dim, features = gate.shape
@@ -152,7 +152,7 @@ def test_fused_experts(case: str):
 
 
 def test_repeated_calls_give_the_same_bits():
-    """Which block computes which tile changes from call to call; the result does not."""
+    """The order in which blocks run changes from call to call; the result does not."""
     operands = draw("seventy_groups")
     run = jax.jit(values_and_gradients)
     first = [wide(a) for a in run(*operands)]

@@ -1,14 +1,13 @@
 // Checks the grouped products against plain ones, and times them, without JAX.
 //
 //   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -I. -o grouped \
-//     benchmarks/cuda/grouped.cu xla_ffi/gemm/{products.cu,fp8.cu,tensor_map.cc}
-//   ./grouped [check | time | fp8]
+//     benchmarks/cuda/grouped.cu xla_ffi/gemm/{products.cu,tensor_map.cc}
+//   ./grouped [check | time]
 //
 // A time is that of CUDA events around kCalls calls in a row, divided by their number. Data are
 // random (constant data draw less power and run faster), sizes of groups from Dirichlet(20).
 
 #include <cuda_bf16.h>
-#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -27,10 +26,7 @@ using namespace jaxmoe::gemm;  // NOLINT: a program, not a header
 namespace {
 
 using Bf16 = __nv_bfloat16;
-#ifndef CALLS
-#define CALLS 10
-#endif
-constexpr int kCalls = CALLS;
+constexpr int kCalls = 10;
 
 void Check(cudaError_t error) {
   if (error == cudaSuccess) return;
@@ -38,17 +34,14 @@ void Check(cudaError_t error) {
   std::exit(1);
 }
 
-__device__ float Hash(int64_t i, uint32_t seed) {  // -0.5 to 0.5
-  uint32_t h = static_cast<uint32_t>(i * 2654435761u) ^ (seed * 0x9e3779b9u) ^
-               static_cast<uint32_t>(i >> 32);
-  h ^= h >> 16, h *= 0x85ebca6bu, h ^= h >> 13, h *= 0xc2b2ae35u, h ^= h >> 16;
-  return h * 0x1p-32f - 0.5f;
-}
 // Values of variance 1 from a hash of the place.
 __global__ void Fill(Bf16* data, int64_t n, uint32_t seed, float scale) {
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < n;
        i += int64_t{gridDim.x} * blockDim.x) {
-    data[i] = __float2bfloat16(Hash(i, seed) * 3.4641f * scale);
+    uint32_t h = static_cast<uint32_t>(i * 2654435761u) ^ (seed * 0x9e3779b9u) ^
+                 static_cast<uint32_t>(i >> 32);
+    h ^= h >> 16, h *= 0x85ebca6bu, h ^= h >> 13, h *= 0xc2b2ae35u, h ^= h >> 16;
+    data[i] = __float2bfloat16((h * 0x1p-32f - 0.5f) * 3.4641f * scale);
   }
 }
 
@@ -247,141 +240,6 @@ void TimeProblem(const Shape& s, int num_sms) {
   FreeArrays(a);
 }
 
-// FP8 operands: values of variance 1 and scales about 1, of rows as the kernels want them.
-__global__ void FillFp8(__nv_fp8_e4m3* data, int64_t n, uint32_t seed) {
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < n;
-       i += int64_t{gridDim.x} * blockDim.x) {
-    data[i] = __nv_fp8_e4m3(Hash(i, seed) * 3.4641f);
-  }
-}
-__global__ void FillScales(float* data, int64_t n, uint32_t seed, float scale) {
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < n;
-       i += int64_t{gridDim.x} * blockDim.x) {
-    data[i] = (1 + Hash(i, seed)) * scale;
-  }
-}
-
-struct Fp8Arrays {
-  __nv_fp8_e4m3 *x, *w[2];
-  float *x_scales, *w_scales[2];
-  Bf16 *y, *a, *b;
-  int32_t* sizes;
-  int64_t blocks, feature_blocks, columns;
-};
-
-Fp8Arrays MakeFp8(const Problem& p) {
-  const Shape& s = p.shape;
-  Fp8Arrays a = {};
-  a.blocks = (s.dim + 127) / 128, a.feature_blocks = (s.features + 127) / 128;
-  a.columns = (s.num_rows + 3) / 4 * 4;
-  const auto fp8 = [](int64_t n, uint32_t seed) {
-    auto* data = Allocate<__nv_fp8_e4m3>(n, 0);
-    FillFp8<<<1024, 256>>>(data, n, seed);
-    return data;
-  };
-  const auto scales = [](int64_t n, uint32_t seed, float scale) {
-    auto* data = Allocate<float>(n, 0);
-    FillScales<<<1024, 256>>>(data, n, seed, scale);
-    return data;
-  };
-  a.x = fp8(s.num_rows * s.dim, 1);
-  a.x_scales = scales(a.blocks * a.columns, 2, 1);
-  for (int i = 0; i < 2; ++i) {
-    a.w[i] = fp8(s.num_groups * s.features * s.dim, 3 + i);
-    a.w_scales[i] = scales(s.num_groups * a.feature_blocks * a.blocks, 5 + i,
-                           1 / std::sqrt(static_cast<float>(s.dim)));
-  }
-  a.y = Allocate<Bf16>(s.num_rows * s.features, 0xff);
-  a.a = Allocate<Bf16>(s.num_rows * s.features, 0xff);
-  a.b = Allocate<Bf16>(s.num_rows * s.features, 0xff);
-  a.sizes = Allocate<int32_t>(s.num_groups, 0);
-  Check(cudaMemcpy(a.sizes, p.sizes.data(), s.num_groups * 4, cudaMemcpyHostToDevice));
-  return a;
-}
-
-void FreeFp8(const Fp8Arrays& a) {
-  void* const all[] = {a.x, a.w[0], a.w[1], a.x_scales, a.w_scales[0], a.w_scales[1],
-                       a.y, a.a,    a.b,    a.sizes};
-  for (void* p : all) Check(cudaFree(p));
-}
-
-cudaError_t Fp8Forward(const Shape& s, int num_sms, const Fp8Arrays& a) {
-  return LaunchFp8Forward(0, num_sms, s, a.x, a.x_scales, a.w[0], a.w_scales[0], a.sizes, a.y);
-}
-cudaError_t Fp8Swiglu(const Shape& s, int num_sms, const Fp8Arrays& a, bool save) {
-  return LaunchFp8Swiglu(0, num_sms, s, a.x, a.x_scales, a.w[0], a.w_scales[0], a.w[1],
-                         a.w_scales[1], a.sizes, a.y, save ? a.a : nullptr, save ? a.b : nullptr);
-}
-
-template <typename T>
-std::vector<T> Raw(const T* p, int64_t n) {
-  std::vector<T> values(n);
-  Check(cudaMemcpy(values.data(), p, n * sizeof(T), cudaMemcpyDeviceToHost));
-  return values;
-}
-
-void CheckFp8(const char* name, const Problem& p, int num_sms) {
-  const Shape& s = p.shape;
-  const Fp8Arrays a = MakeFp8(p);
-  Check(Fp8Forward(s, num_sms, a));
-  Check(cudaDeviceSynchronize());
-  const auto y = ToHost(a.y, s.num_rows * s.features);
-  Check(Fp8Swiglu(s, num_sms, a, true));
-  Check(cudaDeviceSynchronize());
-  const auto h = ToHost(a.y, s.num_rows * s.features), ga = ToHost(a.a, s.num_rows * s.features),
-             gb = ToHost(a.b, s.num_rows * s.features);
-  const auto x = Raw(a.x, s.num_rows * s.dim);
-  const auto x_scales = Raw(a.x_scales, a.blocks * a.columns);
-  Worst forward, saved, swiglu;
-  int64_t begin = 0;
-  for (int i = 0; i < 2; ++i, begin = 0) {
-    const auto w = Raw(a.w[i], s.num_groups * s.features * s.dim);
-    const auto w_scales = Raw(a.w_scales[i], s.num_groups * a.feature_blocks * a.blocks);
-    for (int64_t g = 0; g < s.num_groups; begin += p.sizes[g++]) {
-      for (int64_t r = begin; r < begin + p.sizes[g]; ++r) {
-        for (int64_t f = 0; f < s.features; ++f) {
-          double sum = 0;
-          for (int64_t d = 0; d < s.dim; ++d) {
-            const double scale =
-                double{x_scales[d / 128 * a.columns + r]} *
-                w_scales[(g * a.feature_blocks + f / 128) * a.blocks + d / 128];
-            sum += scale * static_cast<float>(x[r * s.dim + d]) *
-                   static_cast<float>(w[(g * s.features + f) * s.dim + d]);
-          }
-          const int64_t at = r * s.features + f;
-          if (i == 0) forward.Add(y[at], sum);
-          saved.Add(i == 0 ? ga[at] : gb[at], sum);
-          swiglu.Add(h[at], ga[at] / (1 + std::exp(-double{ga[at]})) * gb[at]);
-        }
-      }
-    }
-    for (int64_t at = begin * s.features; at < s.num_rows * s.features; ++at) {
-      forward.Add(y[at] == 0 && h[at] == 0 && ga[at] == 0 && gb[at] == 0 ? 0 : NAN, 0);
-    }
-  }
-  std::printf("%-12s %8.5f                   %8.5f %8.5f  FP8\n", name, forward.error,
-              swiglu.error, saved.error);
-  std::fflush(stdout);
-  FreeFp8(a);
-}
-
-void TimeFp8(const Shape& s, int num_sms) {
-  const Problem p = {s, Dirichlet(s.num_rows, s.num_groups, 7)};
-  const Fp8Arrays a = MakeFp8(p);
-  const double flops = 2.0 * s.num_rows * s.dim * s.features;
-  const auto report = [&](const char* name, double scale, double us) {
-    std::printf("%7ld %5ld %5ld %4ld  %-9s %9.1f us %7.1f TFLOP/s\n", static_cast<long>(s.num_rows),
-                static_cast<long>(s.dim), static_cast<long>(s.features),
-                static_cast<long>(s.num_groups), name, us, scale * flops / us * 1e-6);
-    std::fflush(stdout);
-  };
-  report("fp8", 1, Microseconds([&] { return Fp8Forward(s, num_sms, a); }));
-  if (s.features <= 2048) {
-    report("fp8swiglu", 2, Microseconds([&] { return Fp8Swiglu(s, num_sms, a, false); }));
-  }
-  FreeFp8(a);
-}
-
 void TimeCopy() {
   constexpr int64_t kBytes = int64_t{4} << 30;
   char *from = Allocate<char>(kBytes, 1), *to = Allocate<char>(kBytes, 2);
@@ -400,7 +258,7 @@ int main(int argc, char** argv) {
   Check(cudaGetDeviceProperties(&device, 0));
   const int num_sms = device.multiProcessorCount;
   std::printf("%s, %d multiprocessors\n", device.name, num_sms);
-  if (what == "check" || what.empty()) {
+  if (what != "time") {
     std::printf("largest |error| / (|value| + 1); bf16 rounds to %.5f\n", 0x1p-8);
     std::printf("             forward      d_x      d_w   swiglu  x gate, x up\n");
     CheckProblem("one row", {{1, 8, 8, 1}, {1}}, num_sms);
@@ -412,16 +270,7 @@ int main(int argc, char** argv) {
     CheckProblem("wide", {{600, 136, 520, 3}, Dirichlet(600, 3, 2)}, num_sms);
     CheckProblem("few blocks", {{700, 200, 264, 6}, Dirichlet(650, 6, 3)}, 4);
   }
-  if (what == "fp8" || what.empty()) {
-    CheckFp8("one row", {{1, 16, 8, 1}, {1}}, num_sms);
-    CheckFp8("uneven", {{300, 144, 136, 5}, {0, 1, 200, 0, 17}}, num_sms);
-    CheckFp8("one huge", {{1100, 256, 200, 3}, {3, 1061, 0}}, num_sms);
-    CheckFp8("deep", {{200, 2048, 520, 3}, Dirichlet(190, 3, 2)}, num_sms);
-    TimeFp8({32768, 7168, 4096, 128}, num_sms);
-    TimeFp8({32768, 2048, 7168, 128}, num_sms);
-    TimeFp8({32768, 7168, 2048, 128}, num_sms);
-  }
-  if (what == "time" || what.empty()) {
+  if (what != "check") {
     TimeCopy();
     TimeProblem({32768, 7168, 4096, 128}, num_sms);
     TimeProblem({32768, 2048, 7168, 128}, num_sms);

@@ -118,42 +118,42 @@ auto BindCall() {
 
 JAXMOE_HANDLER(jaxmoe_grouped_matmul, Forward,
                jaxmoe::gemm::BindCall()
-                   .Arg<jaxmoe::gemm::Matrix>()   // x [C, D]
-                   .Arg<jaxmoe::gemm::Weights>()  // w [L, D, F]
-                   .Arg<jaxmoe::gemm::Ints>()     // group_sizes [L]
-                   .Ret<jaxmoe::gemm::Matrix>());   // y [C, F]
+                   .Arg<jaxmoe::gemm::Matrix>()    // x [C, D]
+                   .Arg<jaxmoe::gemm::Weights>()   // w [L, D, F]
+                   .Arg<jaxmoe::gemm::Ints>()      // group_sizes [L]
+                   .Ret<jaxmoe::gemm::Matrix>());  // y [C, F]
 
 JAXMOE_HANDLER(jaxmoe_grouped_input_grad, InputGrad,
                jaxmoe::gemm::BindCall()
-                   .Arg<jaxmoe::gemm::Matrix>()   // d_y [C, F]
-                   .Arg<jaxmoe::gemm::Weights>()  // w [L, D, F]
-                   .Arg<jaxmoe::gemm::Ints>()     // group_sizes [L]
-                   .Ret<jaxmoe::gemm::Matrix>());   // d_x [C, D]
+                   .Arg<jaxmoe::gemm::Matrix>()    // d_y [C, F]
+                   .Arg<jaxmoe::gemm::Weights>()   // w [L, D, F]
+                   .Arg<jaxmoe::gemm::Ints>()      // group_sizes [L]
+                   .Ret<jaxmoe::gemm::Matrix>());  // d_x [C, D]
 
 JAXMOE_HANDLER(jaxmoe_grouped_weight_grad, WeightGrad,
                jaxmoe::gemm::BindCall()
-                   .Arg<jaxmoe::gemm::Matrix>()   // x [C, D]
-                   .Arg<jaxmoe::gemm::Matrix>()   // d_y [C, F]
-                   .Arg<jaxmoe::gemm::Ints>()     // group_sizes [L]
+                   .Arg<jaxmoe::gemm::Matrix>()     // x [C, D]
+                   .Arg<jaxmoe::gemm::Matrix>()     // d_y [C, F]
+                   .Arg<jaxmoe::gemm::Ints>()       // group_sizes [L]
                    .Ret<jaxmoe::gemm::Weights>());  // d_w [L, D, F]
 
 JAXMOE_HANDLER(jaxmoe_grouped_swiglu, Swiglu,
                jaxmoe::gemm::BindCall()
-                   .Arg<jaxmoe::gemm::Matrix>()   // x [C, D]
-                   .Arg<jaxmoe::gemm::Weights>()  // gate [L, D, F]
-                   .Arg<jaxmoe::gemm::Weights>()  // up [L, D, F]
-                   .Arg<jaxmoe::gemm::Ints>()     // group_sizes [L]
-                   .Ret<jaxmoe::gemm::Matrix>());   // y [C, F]
+                   .Arg<jaxmoe::gemm::Matrix>()    // x [C, D]
+                   .Arg<jaxmoe::gemm::Weights>()   // gate [L, D, F]
+                   .Arg<jaxmoe::gemm::Weights>()   // up [L, D, F]
+                   .Arg<jaxmoe::gemm::Ints>()      // group_sizes [L]
+                   .Ret<jaxmoe::gemm::Matrix>());  // y [C, F]
 
 JAXMOE_HANDLER(jaxmoe_grouped_swiglu_saving, SwigluSaving,
                jaxmoe::gemm::BindCall()
-                   .Arg<jaxmoe::gemm::Matrix>()   // x [C, D]
-                   .Arg<jaxmoe::gemm::Weights>()  // gate [L, D, F]
-                   .Arg<jaxmoe::gemm::Weights>()  // up [L, D, F]
-                   .Arg<jaxmoe::gemm::Ints>()     // group_sizes [L]
-                   .Ret<jaxmoe::gemm::Matrix>()   // y [C, F]
-                   .Ret<jaxmoe::gemm::Matrix>()   // x gate [C, F]
-                   .Ret<jaxmoe::gemm::Matrix>());   // x up [C, F]
+                   .Arg<jaxmoe::gemm::Matrix>()    // x [C, D]
+                   .Arg<jaxmoe::gemm::Weights>()   // gate [L, D, F]
+                   .Arg<jaxmoe::gemm::Weights>()   // up [L, D, F]
+                   .Arg<jaxmoe::gemm::Ints>()      // group_sizes [L]
+                   .Ret<jaxmoe::gemm::Matrix>()    // y [C, F]
+                   .Ret<jaxmoe::gemm::Matrix>()    // x gate [C, F]
+                   .Ret<jaxmoe::gemm::Matrix>());  // x up [C, F]
 
 // Loads the kernels on a device: left to the first launch, that could happen while a kernel of a
 // group waits for a peer whose host thread waits for this one. Returns CUDA's error code.

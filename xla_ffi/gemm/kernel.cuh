@@ -56,32 +56,9 @@ enum class Op {
   kInputGrad,   // d_x = d_y w^T
   kWeightGrad,  // d_w = x^T d_y per group
   kSwiglu,      // y = silu(x gate) (x up)
-  // The same of FP8 values with scales; weights are [L, F, D] for these.
-  kScaledForward,
-  kScaledSwiglu,
 };
-template <Op kOp>
-constexpr bool kIsScaled = kOp == Op::kScaledForward || kOp == Op::kScaledSwiglu;
-// The weight gradient has few steps to a tile, and much to write: room for all of a tile's results
-// is worth more to it than a fourth stage.
-constexpr int kGradStages = 3;
-template <Op kOp>
-constexpr int kStagesOf = kOp == Op::kWeightGrad ? kGradStages : kStages;
-template <Op kOp>
-constexpr int kOutBytesOf = kOp == Op::kWeightGrad ? 2 * kOutBytes : kOutBytes;
 constexpr int kSharedBytes = kStages * kStageBytes + kMultipliers * kOutBytes +
                              static_cast<int>(sizeof(Barriers)) + kPatternBytes;
-static_assert(kGradStages * kStageBytes + 2 * kMultipliers * kOutBytes <=
-              kStages * kStageBytes + kMultipliers * kOutBytes);
-template <Op kOp>
-constexpr bool kIsGated = kOp == Op::kSwiglu || kOp == Op::kScaledSwiglu;
-
-// Elements of the contraction in a step: as many as a row of a tile holds.
-template <Op kOp>
-constexpr int kStepDepth = kIsScaled<kOp> ? kRowBytes : kDepth;
-// Numbers with one scale: a step's.
-constexpr int kScaleBlock = 128;
-constexpr int kScaleBytes = kMaxColumns * 4;  // of the columns, for a step
 
 // Operands of a call. With "rows" for tokens: A and B of the tensor cores' product are
 //   kForward, kSwiglu  weights [D, F] (gate: first warpgroup, up: second) and rows [C, D]
@@ -93,9 +70,6 @@ struct Params {
   CUtensorMap out;          // kWeightGrad only
   __nv_bfloat16* y;         // [C, features]
   __nv_bfloat16* saved[2];  // kSwiglu: x gate and x up, or null
-  CUtensorMap scales;       // of rows: [depth / kScaleBlock, C]; for kScaled.. only
-  // [L, features / kScaleBlock, depth / kScaleBlock]; [1]: up
-  const float* weight_scales[2];
   GroupSizes groups;
   int features;  // of the result: width of y, or D for kWeightGrad
   int depth;     // contracted, but for kWeightGrad
@@ -116,14 +90,10 @@ struct Ring {
 struct Shared {
   uint32_t stages, out, barriers;
 
-  __device__ Shared(const char* memory, int num_stages, int out_bytes)
+  explicit __device__ Shared(const char* memory)
       : stages((SharedAddress(memory) + kPatternBytes - 1) / kPatternBytes * kPatternBytes),
-        out(stages + num_stages * kStageBytes),
-        barriers(out + kMultipliers * out_bytes) {}
-  template <Op kOp>
-  static __device__ Shared Of(const char* memory) {
-    return Shared(memory, kStagesOf<kOp>, kOutBytesOf<kOp>);
-  }
+        out(stages + kStages * kStageBytes),
+        barriers(out + kMultipliers * kOutBytes) {}
   __device__ uint32_t A(int stage) const { return stages + stage * kStageBytes; }
   __device__ uint32_t B(int stage) const { return A(stage) + kABytes; }
   __device__ uint32_t Full(int i) const { return barriers + offsetof(Barriers, full) + 8 * i; }
@@ -137,12 +107,7 @@ struct Shared {
   __device__ uint32_t Slot(int i) const {
     return barriers + offsetof(Barriers, slot) + kSlotBytes * i;
   }
-  // kScaled..: behind what their results need, a warpgroup at a time, of the place for results.
-  __device__ uint32_t Scales(int stage) const {
-    return out + kMultipliers * kOutBytes / 2 + stage * kScaleBytes;
-  }
 };
-static_assert(kStages * kScaleBytes <= kMultipliers * kOutBytes / 2);
 
 // The sequence of a cluster's tiles: every so-manieth, so that neighbours run at the same time. The
 // feeding warp finds them and tells the multiplying ones, which need their registers for results.
@@ -211,21 +176,13 @@ __device__ __forceinline__ int ColumnsOf(int rows) { return CeilDiv(rows, 16) * 
 // Steps of the contraction.
 template <Op kOp>
 __device__ __forceinline__ int StepsOf(const Params& p, const Tile& tile) {
-  return CeilDiv(kOp == Op::kWeightGrad ? tile.rows : p.depth, kStepDepth<kOp>);
-}
-
-// Which part of the contraction is step `step`. A part of a group's rows that is less than kDepth
-// comes first, when no products are waiting.
-template <Op kOp>
-__device__ __forceinline__ int PlaceOf(int step, const Tile& tile) {
-  if (kOp != Op::kWeightGrad || tile.rows % kDepth == 0) return step;
-  return step == 0 ? tile.rows / kDepth : step - 1;
+  return CeilDiv(kOp == Op::kWeightGrad ? tile.rows : p.depth, kDepth);
 }
 
 // The first feature that this block computes.
 template <Op kOp>
 __device__ __forceinline__ int FeatureOf(const Tile& tile) {
-  constexpr int kWidth = kIsGated<kOp> ? kFeatures / 2 : kFeatures;
+  constexpr int kWidth = kOp == Op::kSwiglu ? kFeatures / 2 : kFeatures;
   return (tile.major * kCluster + static_cast<int>(RankInCluster())) * kWidth;
 }
 
@@ -243,7 +200,7 @@ __device__ __forceinline__ void LoadShared(uint32_t to, const CUtensorMap& map, 
 template <Op kOp>
 __device__ void Feed(const Params& p, const Shared& shared, Schedule<kOp>* schedule) {
   const int rank = static_cast<int>(RankInCluster());
-  Ring<kStagesOf<kOp>> ring;
+  Ring<kStages> ring;
   Tile tile;
   while (schedule->Next(&tile)) {
     const int steps = StepsOf<kOp>(p, tile), feature = FeatureOf<kOp>(tile);
@@ -254,25 +211,19 @@ __device__ void Feed(const Params& p, const Shared& shared, Schedule<kOp>* sched
     for (int step = 0; step < steps; ++step, ring.Next()) {
       Wait(shared.Empty(ring.at), ring.parity ^ 1);
       const uint32_t full = shared.Full(ring.at), a = shared.A(ring.at), b = shared.B(ring.at);
-      const int k = PlaceOf<kOp>(step, tile) * kStepDepth<kOp>;
-      ArriveExpecting(full, kABytes + loads * kLoadBytes + (kIsScaled<kOp> ? kScaleBytes : 0));
+      const int k = step * kDepth;
+      ArriveExpecting(full, kABytes + loads * kLoadBytes);
       if constexpr (kOp == Op::kForward) {
         Load(a, p.a, feature, k, tile.group, full);
         Load(a + kBlockBytes, p.a, feature + 64, k, tile.group, full);
       } else if constexpr (kOp == Op::kSwiglu) {
         Load(a, p.a, feature, k, tile.group, full);
         Load(a + kBlockBytes, p.a2, feature, k, tile.group, full);
-      } else if constexpr (kOp == Op::kInputGrad || kOp == Op::kScaledForward) {
+      } else if constexpr (kOp == Op::kInputGrad) {
         Load(a, p.a, k, feature, tile.group, full);
-      } else if constexpr (kOp == Op::kScaledSwiglu) {
-        Load(a, p.a, k, feature, tile.group, full);
-        Load(a + kBlockBytes, p.a2, k, feature, tile.group, full);
       } else {
         Load(a, p.a, feature, tile.row + k, full);
         Load(a + kBlockBytes, p.a, feature + 64, tile.row + k, full);
-      }
-      if (kIsScaled<kOp> && step % kCluster == rank) {
-        LoadShared(shared.Scales(ring.at), p.scales, tile.row, step, full);
       }
       for (int i = rank; i < loads; i += kCluster) {
         const uint32_t to = b + i * kLoadBytes;
@@ -292,12 +243,11 @@ __device__ __forceinline__ void Release(const Shared& shared, int stage) {
   if (LaneId() < kCluster) Arrive(InBlock(shared.Empty(stage), LaneId()));
 }
 
-// d = A B over `steps` stages, or d += A B if the products of a stage `open` are on their way.
-// `a` and `b` describe the first stage's tiles.
-template <int kN, bool kTransposedA, bool kTransposedB, typename StageRing>
-__device__ __forceinline__ void Multiply(const Shared& shared, StageRing* ring, int steps, int open,
+// d = A B over `steps` stages. `a` and `b` describe the first stage's tiles.
+template <int kN, bool kTransposedA, bool kTransposedB>
+__device__ __forceinline__ void Multiply(const Shared& shared, Ring<kStages>* ring, int steps,
                                          uint32_t a, uint32_t b, float (&d)[kAccumulators]) {
-  int last = open;
+  int last = 0;
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     Wait(shared.Full(ring->at), ring->parity);
@@ -307,19 +257,18 @@ __device__ __forceinline__ void Multiply(const Shared& shared, StageRing* ring, 
     for (int i = 0; i < kDepth / kInstructionDepth; ++i) {
       Product<kN, kTransposedA, kTransposedB>::Do(d, a + stage + i * kDepthStep<kTransposedA>,
                                                   b + stage + i * kDepthStep<kTransposedB>,
-                                                  i > 0 || last >= 0);
+                                                  step > 0 || i > 0);
     }
     EndProducts();
     // The stage before is read; this one is being read while the next is waited for.
     WaitProducts<1>();
-    if (last >= 0) Release(shared, last);
+    if (step > 0) Release(shared, last);
     last = ring->at;
     ring->Next();
   }
   WaitProducts<0>();
-  if (last >= 0) Release(shared, last);
+  if (steps > 0) Release(shared, last);
 }
-constexpr int kNoStage = -1;
 
 }  // namespace jaxmoe::gemm
 

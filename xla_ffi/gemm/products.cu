@@ -12,13 +12,13 @@ namespace jaxmoe::gemm {
 namespace {
 
 // Products of a tile's tokens, as wide as they are many.
-template <bool kTransposedA, typename StageRing>
-__device__ __forceinline__ void MultiplyTokens(const Shared& shared, StageRing* ring, int steps,
+template <bool kTransposedA>
+__device__ __forceinline__ void MultiplyTokens(const Shared& shared, Ring<kStages>* ring, int steps,
                                                int columns, uint32_t a, uint32_t b,
                                                float (&d)[kAccumulators]) {
-#define JAXMOE_CASE(n)                                                        \
-  case n:                                                                     \
-    Multiply<n, kTransposedA, false>(shared, ring, steps, kNoStage, a, b, d); \
+#define JAXMOE_CASE(n)                                              \
+  case n:                                                           \
+    Multiply<n, kTransposedA, false>(shared, ring, steps, a, b, d); \
     break;
   switch (columns) {
     JAXMOE_CASE(16)
@@ -42,65 +42,62 @@ __device__ __forceinline__ void MultiplyTokens(const Shared& shared, StageRing* 
 }
 
 template <int kCount>
-__device__ __forceinline__ void ProductsOfRows(float (&d)[kAccumulators], uint32_t a, uint32_t b) {
+__device__ __forceinline__ void ProductsOfRows(float (&d)[kAccumulators], uint32_t a, uint32_t b,
+                                               int add) {
   BeginProducts();
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     Product<kMaxColumns, true, true>::Do(d, a + i * kDepthStep<true>, b + i * kDepthStep<true>,
-                                         i > 0);
+                                         i > 0 ? 1 : add);
   }
   EndProducts();
 }
 
-// The first step of a group whose rows are no multiple of kDepth: `rows` of the loaded ones are the
-// group's, the others the next group's, or anything. Those that an instruction would read become
-// zeros, in both factors, for they may hold NaN. Both warpgroups do so in B: they must not wait for
-// each other.
-__device__ __forceinline__ void BeginRows(const Shared& shared, const Place& place, int stage,
-                                          int rows, uint32_t a, uint32_t b,
-                                          float (&d)[kAccumulators]) {
+// The last step of a group whose rows are no multiple of kDepth: the loaded rows beyond the group
+// are the next group's, or anything. Those that an instruction would read become zeros, in both
+// factors, for they may hold NaN. Both warpgroups do so in B: they must not wait for each other.
+__device__ __forceinline__ void MultiplyRest(const Shared& shared, const Place& place,
+                                             Ring<kStages>* ring, bool add, int rows, uint32_t a,
+                                             uint32_t b, float (&d)[kAccumulators]) {
+  Wait(shared.Full(ring->at), ring->parity);
   const int instructions = CeilDiv(rows, kInstructionDepth);
   const int extra = instructions * kInstructionDepth - rows;
   constexpr int kPieces = (1 + kMaxColumns / kBlockColumns) * (kRowBytes / 16);
   for (int i = place.thread; i < extra * kPieces; i += 128) {
     const int row = rows + i / kPieces, piece = i % kPieces;
     const int block = piece / (kRowBytes / 16);
-    const uint32_t from = block == 0 ? shared.A(stage) + place.group * kBlockBytes
-                                     : shared.B(stage) + (block - 1) * kBlockBytes;
+    const uint32_t from = block == 0 ? shared.A(ring->at) + place.group * kBlockBytes
+                                     : shared.B(ring->at) + (block - 1) * kBlockBytes;
     WriteShared(PieceAddress(from, row, piece % (kRowBytes / 16)), uint4{0, 0, 0, 0});
   }
   FenceAsync();
   place.SyncGroup();
-  a += stage * DescriptorStep(kStageBytes);
-  b += stage * DescriptorStep(kStageBytes);
+  const uint32_t stage = ring->at * DescriptorStep(kStageBytes);
   switch (instructions) {
     case 1:
-      ProductsOfRows<1>(d, a, b);
+      ProductsOfRows<1>(d, a + stage, b + stage, add);
       break;
     case 2:
-      ProductsOfRows<2>(d, a, b);
+      ProductsOfRows<2>(d, a + stage, b + stage, add);
       break;
     case 3:
-      ProductsOfRows<3>(d, a, b);
+      ProductsOfRows<3>(d, a + stage, b + stage, add);
       break;
     case 4:
-      ProductsOfRows<4>(d, a, b);
+      ProductsOfRows<4>(d, a + stage, b + stage, add);
       break;
   }
+  WaitProducts<0>();
+  Release(shared, ring->at);
+  ring->Next();
 }
 
-template <typename StageRing>
 __device__ __forceinline__ void MultiplyRows(const Shared& shared, const Place& place,
-                                             StageRing* ring, int rows, uint32_t a, uint32_t b,
+                                             Ring<kStages>* ring, int rows, uint32_t a, uint32_t b,
                                              float (&d)[kAccumulators]) {
-  int open = kNoStage;
-  if (rows % kDepth > 0) {
-    Wait(shared.Full(ring->at), ring->parity);
-    BeginRows(shared, place, ring->at, rows % kDepth, a, b, d);
-    open = ring->at;
-    ring->Next();
-  }
-  Multiply<kMaxColumns, true, true>(shared, ring, rows / kDepth, open, a, b, d);
+  const int whole = rows / kDepth, rest = rows % kDepth;
+  if (whole > 0) Multiply<kMaxColumns, true, true>(shared, ring, whole, a, b, d);
+  if (rest > 0) MultiplyRest(shared, place, ring, whole > 0, rest, a, b, d);
 }
 
 // The multiplying warpgroups: each has 64 of the block's features, and all columns.
@@ -112,7 +109,7 @@ __device__ __forceinline__ void MultiplyTiles(const Params& p, const Shared& sha
   constexpr bool kTransposedA = kOp != Op::kInputGrad;
   const uint32_t a = Descriptor(shared.A(0) + place.group * kBlockBytes);
   const uint32_t b = Descriptor(shared.B(0));
-  Ring<kStagesOf<kOp>> ring;
+  Ring<kStages> ring;
   Tile tile;
   float d[kAccumulators];
   uint32_t packed[kPacked];
@@ -151,7 +148,7 @@ __device__ __forceinline__ void MultiplyTiles(const Params& p, const Shared& sha
 
 template <Op kOp>
 __global__ void __launch_bounds__(kThreads, 1) GroupedProduct(const __grid_constant__ Params p) {
-  const Shared shared = Shared::Of<kOp>(SharedMemory());
+  const Shared shared(SharedMemory());
   BeginBlock(shared);
   if (IsFeeder()) {
     FeedBlock<kOp>(p, shared);

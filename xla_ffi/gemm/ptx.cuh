@@ -132,9 +132,10 @@ __device__ __forceinline__ void Store(const CUtensorMap& map, int x, int y, int 
 __device__ __forceinline__ void EndStores() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
-// Until the thread's stores have read their shared memory.
+// Until all but the `kPending` latest groups of the thread's stores have read their shared memory.
+template <int kPending>
 __device__ __forceinline__ void WaitStoresRead() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 __device__ __forceinline__ void WaitStores() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
@@ -161,12 +162,6 @@ __device__ __forceinline__ void WriteShared(uint32_t address, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y),
                "r"(v.z), "r"(v.w)
                : "memory");
-}
-
-__device__ __forceinline__ float2 ReadSharedPair(uint32_t address) {
-  float2 v;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
-  return v;
 }
 
 // Four 8 x 8 matrices of bf16 from a warp's registers; lane l gives the address of row l % 8 of

@@ -93,9 +93,8 @@ __device__ __forceinline__ void WriteAllTokens(const Shared& shared, const Place
 
 __device__ __forceinline__ uint32_t Swiglu(uint32_t gate, uint32_t up) {
   const float2 a = __bfloat1622float2(PairOf(gate)), b = __bfloat1622float2(PairOf(up));
-  return BitsOf(
-      __floats2bfloat162_rn(__fdividef(a.x * b.x, 1 + __expf(-a.x)),
-                            __fdividef(a.y * b.y, 1 + __expf(-a.y))));
+  return BitsOf(__floats2bfloat162_rn(__fdividef(a.x * b.x, 1 + __expf(-a.x)),
+                                      __fdividef(a.y * b.y, 1 + __expf(-a.y))));
 }
 
 // The first warpgroup holds x gate and the second x up, rounded, of the same features. Each gives
@@ -136,32 +135,31 @@ __device__ __forceinline__ void WriteSwiglu(const Shared& shared, const Place& p
                         min(tile.rows - skipped, kOutRows), y, width, width - feature);
 }
 
-// Writes 64 rows and kMaxColumns columns of a weight's gradient. The copy engine leaves out what is
-// beyond the gradient's edges, and is not waited for before the next tile is done.
+// Writes 64 rows and kMaxColumns columns of a weight's gradient, a block of columns at a time. The
+// copy engine leaves out what is beyond the gradient's edges.
 __device__ __forceinline__ void WriteGradient(const Shared& shared, const Place& place,
                                               const uint32_t (&packed)[kPacked],
                                               const CUtensorMap& map, int column, int row,
                                               int group) {
-  constexpr int kBlocks = kMaxColumns / kBlockColumns;
-  static_assert(kBlocks * kBlockBytes == kOutBytesOf<Op::kWeightGrad>);
-  const uint32_t out = shared.out + place.group * kOutBytesOf<Op::kWeightGrad>;
-  if (place.thread == 0) WaitStoresRead();
-  place.SyncGroup();
+  constexpr int kBuffers = kOutBytes / kBlockBytes;
 #pragma unroll
-  for (int j = 0; j < kMaxColumns / 16; ++j) {
-    const int piece = j % 4 * 2 + place.lane / 16;
-    StoreMatrices<false>(PieceAddress(out + j / 4 * kBlockBytes, 16 * place.warp + place.lane % 16,
-                                      piece),
-                         packed + kPackedStep * j);
-  }
-  FenceAsync();
-  place.SyncGroup();
-  if (place.thread != 0) return;
+  for (int i = 0; i < kMaxColumns / kBlockColumns; ++i) {
+    const uint32_t out = shared.out + place.group * kOutBytes + i % kBuffers * kBlockBytes;
+    if (place.thread == 0) WaitStoresRead<kBuffers - 1>();
+    place.SyncGroup();
 #pragma unroll
-  for (int i = 0; i < kBlocks; ++i) {
-    Store(map, column + i * kBlockColumns, row, group, out + i * kBlockBytes);
+    for (int j = 0; j < kBlockColumns / 16; ++j) {
+      const int piece = j * 2 + place.lane / 16;
+      StoreMatrices<false>(PieceAddress(out, 16 * place.warp + place.lane % 16, piece),
+                           packed + kPackedStep * (i * kBlockColumns / 16 + j));
+    }
+    FenceAsync();
+    place.SyncGroup();
+    if (place.thread == 0) {
+      Store(map, column + i * kBlockColumns, row, group, out);
+      EndStores();
+    }
   }
-  EndStores();
 }
 
 // Rows that belong to no group are zeros. By all multiplying threads of the grid.

@@ -72,7 +72,9 @@ struct Fiber {
   // Of the tensor cores: products of the open group, and of those not waited for.
   std::vector<std::function<void()>> products;
   std::vector<std::vector<std::function<void()>>> groups;
-  std::vector<std::shared_ptr<std::function<void()>>> stores;  // not waited for
+  // Of the copy engine: stores of the open group, and of those not waited for.
+  std::vector<std::shared_ptr<std::function<void()>>> stores;
+  std::vector<std::vector<std::shared_ptr<std::function<void()>>>> store_groups;
 };
 
 class Gpu {
