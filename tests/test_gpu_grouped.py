@@ -91,7 +91,7 @@ def dense(x: Any, w: Any, sizes: Any, d_y: Any) -> tuple[np.ndarray, ...]:
 def dense_swiglu(
     x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray, d_y: np.ndarray
 ) -> tuple[np.ndarray, ...]:
-    """The result and the gradients of x, gate, up and down. In NumPy, for JAX would compile every size."""
+    """The result and all gradients. In NumPy, for JAX would compile every size."""
     a, b = x @ gate, x @ up
     sigmoid = 1 / (1 + np.exp(-a))
     hidden, d_hidden = a * sigmoid * b, d_y @ down.T
