@@ -95,13 +95,32 @@ def _moe(
             num_groups=config.num_groups,
             top_groups=config.top_groups,
             jitter=config.jitter,
+            device_penalty=config.device_penalty,
+            node_penalty=config.node_penalty,
+            local_slack=config.local_slack,
+            num_nodes=config.num_nodes,
+            top_nodes=config.top_nodes,
+            expert_capacity_factor=config.expert_capacity_factor,
+            capacity_retries=config.capacity_retries,
         ),
+        devices_per_node=_devices_per_node(config, group),
         use_bias=True,
         # Without replicas or moves the layer needs no placement.
         num_experts=None if config.redundant_experts is None else config.num_experts,
         observe_load=observe_load,
         rngs=rngs,
     )
+
+
+def _devices_per_node(config: ModelConfig, group: jaxmoe.ExpertParallel) -> int | None:
+    if config.num_nodes == 1:
+        return None
+    if group.num_devices % config.num_nodes:
+        raise SettingsError(
+            f"model: num_nodes ({config.num_nodes}) must divide the {group.num_devices} devices of "
+            "the expert axis. Change --model.num-nodes, --devices or --data-parallel."
+        )
+    return group.num_devices // config.num_nodes
 
 
 Cache = KVCache | LatentCache

@@ -63,6 +63,22 @@ class ModelConfig:
     num_groups: int = 1
     top_groups: int = 1
     """Group-limited routing: a token chooses among the experts of its best top_groups groups."""
+    device_penalty: float = 0.0
+    """Taken off the score that selects an expert on another device."""
+    node_penalty: float = 0.0
+    """The same for one on another node, on top of it."""
+    local_slack: float | None = None
+    """Experts of the own device go first if their score is at most so much below that of the last
+    choice. None: no preference."""
+    num_nodes: int = 1
+    """Nodes of equally many neighbouring devices of the expert axis."""
+    top_nodes: int = 1
+    """A token chooses among the experts of its best top_nodes nodes."""
+    expert_capacity_factor: float | None = None
+    """Most choices of a device that an expert takes, by an even share; the weakest have no room.
+    None: no bound."""
+    capacity_retries: int = 0
+    """So often a choice without room goes to the token's next best expert; then it is dropped."""
     jitter: float = 0.0
     """Noise on the router's logits in training: a factor from U(1 - jitter, 1 + jitter)."""
     capacity_factor: float | None = None

@@ -20,6 +20,7 @@ from jaxmoe.experts import swiglu, swiglu_experts
 from jaxmoe.group import ExpertParallel
 from jaxmoe.layer_config import MoEConfig, param_specs
 from jaxmoe.ops import combine, dispatch
+from jaxmoe.plan import Plan
 from jaxmoe.products import batched, choose_backend
 from jaxmoe.quantized import QuantizedExperts
 from jaxmoe.routing import Routing, count_tokens_per_expert, route
@@ -33,8 +34,13 @@ class MoEStats:
     """What a layer saw in one call, over all devices. Everything is a value; nothing is kept.
 
     Attributes:
-      tokens_per_expert: [E] int32 choices of each expert, before any were dropped.
-      num_dropped: [] int32 choices that found no room (see `jaxmoe.dispatch`).
+      tokens_per_expert: [E] int32 choices of each expert, before any were refused or dropped.
+      rows_per_device: [R] int32 rows that each device of the expert axis computed, over all slices
+        of the mesh along it.
+      num_dropped: [] int32 choices that found no room in a device's buffer (see `jaxmoe.dispatch`).
+      num_refused: [] int32 choices that the router dropped, since no expert it could choose had
+        room (`RouterConfig.expert_capacity_factor`).
+      num_rerouted: [] int32 choices that went to another expert, for want of room in the first.
       entropy: [] float32 mean entropy of the router's scores, in nats; log(E) is uniform.
       load_balance_loss, z_loss, sequence_loss: [] float32, see `jaxmoe.losses`. Not added to
         anything: multiply with your coefficient and add to the loss.
@@ -42,7 +48,10 @@ class MoEStats:
     """
 
     tokens_per_expert: Int32[Array, " E"]
+    rows_per_device: Int32[Array, " R"]
     num_dropped: Int32[Array, ""]
+    num_refused: Int32[Array, ""]
+    num_rerouted: Int32[Array, ""]
     entropy: Float32[Array, ""]
     load_balance_loss: Float32[Array, ""]
     z_loss: Float32[Array, ""]
@@ -144,12 +153,13 @@ def _check_map(config: MoEConfig, expert_map: Any) -> None:
 def _no_stats(config: MoEConfig) -> MoEStats:
     zero, experts = jnp.zeros((), jnp.float32), config.num_router_experts
     counts, none = jnp.zeros(experts, jnp.int32), jnp.zeros((), jnp.int32)
+    rows = jnp.zeros(config.group.num_devices, jnp.int32)
     load = None
     if config.observe_load:
         devices, held = config.group.num_devices, config.num_held_experts
         shapes = ((held,), (held, held), (devices, devices))
         load = Observation(*(jnp.zeros(shape, jnp.float32) for shape in shapes))
-    return MoEStats(counts, none, zero, zero, zero, zero, load)
+    return MoEStats(counts, rows, none, none, none, zero, zero, zero, zero, load)
 
 
 def _inside_shard_map(group: ExpertParallel) -> bool:
@@ -215,7 +225,6 @@ def _local_layer(
     if expert_map is not None:
         ids, weights = _merged_choices(expert_map, ids, weights)
     slots = _slots(config, ids, placement)
-    stats = _statistics(config, routing, ids, slots)
 
     tokens = x.reshape(-1, group.dim).astype(group.dtype)
     experts = {name: params[name] for name in ("gate", "up", "down")}
@@ -240,8 +249,8 @@ def _local_layer(
     y = combine(group, expert_rows, row_weights, plan, site=config.site)
     if config.num_shared_experts:
         y = y + swiglu(tokens, weight["shared_gate"], weight["shared_up"], weight["shared_down"])
-    dropped = _sum(config, plan.num_dropped)
-    return y.reshape(x.shape).astype(x.dtype), dataclasses.replace(stats, num_dropped=dropped)
+    stats = _statistics(config, routing, ids, slots, plan)
+    return y.reshape(x.shape).astype(x.dtype), stats
 
 
 def _cast(param: Any, dtype: Any) -> Any:
@@ -270,8 +279,20 @@ def _route(
             num_devices=group.num_devices,
             devices_per_node=config.devices_per_node,
         )
+    replicas = None
+    if placement is not None and options.expert_capacity_factor is not None:
+        replicas = placement.counts
     logits = x.astype(jnp.float32) @ router.astype(jnp.float32)
-    return route(logits, group.top_k, options, bias=bias, mask=mask, key=key, locality=locality)
+    return route(
+        logits,
+        group.top_k,
+        options,
+        bias=bias,
+        mask=mask,
+        key=key,
+        locality=locality,
+        replicas=replicas,
+    )
 
 
 def _merged_choices(
@@ -312,7 +333,7 @@ def _observe(config: MoEConfig, ids: jax.Array, slots: jax.Array) -> Observation
     if not config.observe_load:
         return None
     return observe(
-        ids,
+        ids.reshape(slots.shape),
         slots,
         num_experts=config.num_held_experts,
         num_slots=group.num_experts,
@@ -322,23 +343,38 @@ def _observe(config: MoEConfig, ids: jax.Array, slots: jax.Array) -> Observation
     )
 
 
-def _statistics(config: MoEConfig, routing: Routing, ids: jax.Array, slots: jax.Array) -> MoEStats:
-    axes = config.token_axes or None
-    routed = routing.expert_ids[..., 0] >= 0
-    counts = count_tokens_per_expert(routing.expert_ids, config.num_router_experts)
+def _statistics(
+    config: MoEConfig, routing: Routing, ids: jax.Array, slots: jax.Array, plan: Plan
+) -> MoEStats:
+    axes, wanted = config.token_axes or None, routing.wanted_ids
+    routed = wanted[..., 0] >= 0
+    counts = count_tokens_per_expert(wanted, config.num_router_experts)
+    refused, rerouted = _for_want_of_room(routing)
+    rows = jnp.zeros(config.group.num_devices, jnp.int32).at[_rank(config.group)].set(plan.num_rows)
     return MoEStats(
         tokens_per_expert=_sum(config, counts),
-        num_dropped=jnp.zeros((), jnp.int32),
+        rows_per_device=_sum(config, rows),
+        num_dropped=_sum(config, plan.num_dropped),
+        num_refused=_sum(config, refused),
+        num_rerouted=_sum(config, rerouted),
         entropy=losses.router_entropy(routing.scores, axis_name=axes),
-        load_balance_loss=losses.load_balance_loss(
-            routing.scores, routing.expert_ids, axis_name=axes
-        ),
+        load_balance_loss=losses.load_balance_loss(routing.scores, wanted, axis_name=axes),
         z_loss=losses.router_z_loss(routing.logits, mask=routed, axis_name=axes),
-        sequence_loss=losses.sequence_balance_loss(
-            routing.scores, routing.expert_ids, axis_name=axes
-        ),
-        load=_observe(config, ids, slots),
+        sequence_loss=losses.sequence_balance_loss(routing.scores, wanted, axis_name=axes),
+        load=_observe(config, ids if routing.expert_ids is wanted else wanted, slots),
     )
+
+
+def _for_want_of_room(routing: Routing) -> tuple[jax.Array, jax.Array]:
+    """How many choices were refused, and how many went to another expert."""
+    ids, wanted = routing.expert_ids, routing.wanted_ids
+    if ids is wanted:
+        none = jnp.zeros_like(wanted, shape=())
+        return none, none
+    held = ids >= 0
+    new = held & ~jnp.any(ids[..., :, None] == wanted[..., None, :], axis=-1)
+    refused = jnp.sum(wanted >= 0, dtype=jnp.int32) - jnp.sum(held, dtype=jnp.int32)
+    return refused, jnp.sum(new, dtype=jnp.int32)
 
 
 def _sum(config: MoEConfig, a: jax.Array) -> jax.Array:

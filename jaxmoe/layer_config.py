@@ -115,6 +115,12 @@ def _check_merging(config: MoEConfig) -> None:
             "MoE: num_merged_experts works with no router option that looks at devices or nodes. "
             "Leave device_penalty, node_penalty, local_slack and num_nodes at their defaults."
         )
+    if config.router.expert_capacity_factor is not None:
+        raise ValueError(
+            "MoE: num_merged_experts works with no expert_capacity_factor "
+            f"({config.router.expert_capacity_factor}): it bounds the router's experts, which are "
+            "not those that have rows. Leave it None, or bound the group by capacity_factor."
+        )
 
 
 def _check_replication(config: MoEConfig) -> None:

@@ -4,112 +4,20 @@ Everything here is a pure function of arrays and works on any leading dimensions
 ``vmap``, ``grad``, ``jax.checkpoint`` and inside ``jax.shard_map``; nothing communicates.
 """
 
-import dataclasses
-import math
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-Score = Literal["softmax", "sigmoid"]
+from jaxmoe.expert_capacity import admit, rooms
+from jaxmoe.router_config import RouterConfig as RouterConfig
+from jaxmoe.router_config import Score as Score
 
 # The value of a choice whose biased score is NaN or -inf: below every real score, above the -inf of
 # an expert that must not be chosen, and finite when two of them are added to a group score.
 _LAST_RESORT = float(jnp.finfo(jnp.float32).min) / 2
-
-
-@dataclasses.dataclass(frozen=True)
-class RouterConfig:
-    """How router logits become experts and weights.
-
-    Arguments:
-        score: ``"softmax"`` over the experts, or ``"sigmoid"`` of each expert on its own
-            (DeepSeek-V3).
-        topk_first: choose the experts by their logits and score only the chosen ones (Mixtral);
-            otherwise score all experts and choose by score (Switch, DeepSeek). The two orders
-            choose differently only with a selection bias or groups. A softmax over the chosen
-            experts sums to one, so there ``normalize`` has no effect.
-        normalize: divide the weights of a token by their sum, before ``scale``.
-        scale: factor on every weight ("routed scaling factor", DeepSeek-V3).
-        num_groups: the experts form this many groups of consecutive ids, of equal size.
-        top_groups: only experts of a token's best ``top_groups`` groups can be chosen. A group's
-            score is the sum of its two best (biased) scores, or its one expert's (DeepSeek-V3).
-        jitter: training noise: logits are multiplied by draws from U(1 - jitter, 1 + jitter);
-            `route` then needs a key. 0 means none. (After Switch Transformer, arXiv 2101.03961,
-            which multiplies the router's input instead.)
-        device_penalty: taken off the value that selects an expert on another device, in the unit of
-            that value (the score; the logit with ``topk_first``). Like a bias it never enters a
-            weight. This and the next four need `Locality`.
-        node_penalty: the same for an expert on another node, on top of ``device_penalty``.
-        local_slack: two stages. First the experts of this device whose value is at most so much
-            below the value of the token's last choice otherwise; then, for the choices left, the
-            best of the rest. None: one stage.
-        num_nodes: nodes that the devices of the expert axis form.
-        top_nodes: only experts of a token's best ``top_nodes`` nodes can be chosen; a node's score
-            is that of a group (node-limited routing, DeepSeek-V3).
-
-    Raises:
-        ValueError: for a value out of its range.
-    """
-
-    score: Score = "softmax"
-    topk_first: bool = False
-    normalize: bool = True
-    scale: float = 1.0
-    num_groups: int = 1
-    top_groups: int = 1
-    jitter: float = 0.0
-    device_penalty: float = 0.0
-    node_penalty: float = 0.0
-    local_slack: float | None = None
-    num_nodes: int = 1
-    top_nodes: int = 1
-
-    @property
-    def needs_locality(self) -> bool:
-        """Whether `route` must know where the experts are."""
-        penalties = bool(self.device_penalty or self.node_penalty)
-        return penalties or self.local_slack is not None or self.top_nodes < self.num_nodes
-
-    def __post_init__(self) -> None:
-        if self.score not in get_args(Score):
-            raise ValueError(
-                f"`RouterConfig`: score is {self.score!r}. Use one of {get_args(Score)}."
-            )
-        if not (math.isfinite(self.scale) and self.scale > 0):
-            raise ValueError(
-                f"`RouterConfig`: scale ({self.scale}) must be finite and positive. Use 1.0 to "
-                "leave the weights as they are."
-            )
-        if self.num_groups < 1:
-            raise ValueError(
-                f"`RouterConfig`: num_groups ({self.num_groups}) must be at least 1. Use 1 to "
-                "choose among all experts."
-            )
-        if not 1 <= self.top_groups <= self.num_groups:
-            raise ValueError(
-                f"`RouterConfig`: top_groups ({self.top_groups}) must lie between 1 and num_groups "
-                f"({self.num_groups}). Use num_groups=1, top_groups=1 to choose among all experts."
-            )
-        if not 0 <= self.jitter < 1:
-            raise ValueError(
-                f"`RouterConfig`: jitter ({self.jitter}) must be at least 0 and below 1, so that "
-                "no logit changes sign. Typical is 0.01; use 0.0 for no noise."
-            )
-        for name in ("device_penalty", "node_penalty", "local_slack"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ValueError(
-                    f"`RouterConfig`: {name} ({value}) must be finite and at least 0. Use "
-                    f"{'None' if name == 'local_slack' else '0.0'} to switch it off."
-                )
-        if not 1 <= self.top_nodes <= self.num_nodes:
-            raise ValueError(
-                f"`RouterConfig`: top_nodes ({self.top_nodes}) must lie between 1 and num_nodes "
-                f"({self.num_nodes}). Use num_nodes=1, top_nodes=1 to choose among all nodes."
-            )
 
 
 _DEFAULT_CONFIG = RouterConfig()
@@ -132,9 +40,12 @@ class Routing(NamedTuple):
 
     Attributes:
         expert_ids: ``[..., K]``, the chosen experts, best first, distinct; -1 means no expert.
+            Choices that no expert had room for are left out.
         weights: ``[..., K]``, the factor on each chosen expert's output; 0 where the id is -1.
         scores: ``[..., E]``, scores without bias; each token's row sums to one, for the losses.
         logits: ``[..., E]``, the logits that the scores were computed from, jitter included.
+        wanted_ids: ``[..., K]``, what ``expert_ids`` were without ``expert_capacity_factor``: the
+            demand, for balancing and its losses. The same array where there is no such bound.
 
     A token that chooses no expert has ids -1, and zeros in everything else.
     """
@@ -143,6 +54,7 @@ class Routing(NamedTuple):
     weights: Float[Array, "*tokens top_k"]
     scores: Float[Array, "*tokens experts"]
     logits: Float[Array, "*tokens experts"]
+    wanted_ids: Int32[Array, "*tokens top_k"]
 
 
 def route(
@@ -154,13 +66,15 @@ def route(
     mask: Bool[Array, "*tokens"] | None = None,
     key: jax.Array | None = None,
     locality: Locality | None = None,
+    replicas: Int[Array, " experts"] | None = None,
 ) -> Routing:
     """Chooses ``top_k`` experts for each token and weighs them.
 
     With ``s = softmax(logits)`` or ``sigmoid(logits)``, the chosen set C of a token holds the
     ``top_k`` largest ``s_i + bias_i`` (``logits_i + bias_i`` with ``topk_first``) of its best
     groups, and ``weight_i = scale * s_i / sum_{j in C} s_j``; ``scale * s_i`` unless ``normalize``.
-    Of equal values the lower expert id is chosen first.
+    Of equal values the lower expert id is chosen first. With ``expert_capacity_factor`` C holds the
+    choices that found room.
 
     Arguments:
         logits: ``[..., E]``, any float dtype; all computation is in float32. Any number of tokens,
@@ -173,6 +87,8 @@ def route(
         key: PRNG key of the jitter noise; unused without jitter. Inside ``shard_map`` fold the
             device's axis index into it, or all devices draw the same noise.
         locality: where the experts are; needed by the options that say so in `RouterConfig`.
+        replicas: ``[E]``, how often each expert is there, for ``expert_capacity_factor``
+            (`jaxmoe.balance.Placement.counts`). None: once.
 
     Returns:
         A `Routing`. Gradients reach the logits through ``weights``, ``scores`` and ``logits``.
@@ -181,8 +97,9 @@ def route(
         -inf: the expert is never chosen. A token that is left with fewer than ``top_k`` experts has
             id -1 and weight 0 in its last choices; with none at all it counts as masked.
         NaN, +inf: all weights, scores and logits of the token become NaN, so that its output is
-            visibly NaN; its ids stay distinct and in range. Other tokens are not touched. A masked
-            token's logits are ignored, whatever they are.
+            visibly NaN; its ids stay distinct and in range. Other tokens are not touched: where
+            room is short its choices go first. A masked token's logits are ignored, whatever they
+            are.
 
     Raises:
         TypeError: logits that are not floating point, a mask that is not boolean.
@@ -192,6 +109,7 @@ def route(
     """
     _check(logits, top_k, config, bias, mask)
     _check_locality(logits.shape[-1], top_k, config, locality)
+    _check_replicas(logits.shape[-1], config, replicas)
     logits = logits.astype(jnp.float32)
     active = jnp.any(logits != -jnp.inf, axis=-1)
     if mask is not None:
@@ -204,14 +122,19 @@ def route(
     # The sum also makes -0.0 a 0.0; top_k would rank it lower, and the two must tie.
     logits += jnp.where(broken, jnp.nan, 0.0)
 
-    expert_ids, chosen = _select(logits, top_k, config, bias, locality)
-    weights = config.scale * _weights(logits, expert_ids, chosen, config)
+    values, expert_ids, chosen = _select(logits, top_k, config, bias, locality)
     chosen &= active[..., None]
+    wanted_ids = jnp.where(chosen, expert_ids, -1)
+    ids = _within_capacity(logits, values, wanted_ids, config, replicas)
+    if ids is not wanted_ids:
+        expert_ids, chosen = jnp.maximum(ids, 0), ids >= 0
+    weights = config.scale * _weights(logits, expert_ids, chosen, config)
     return Routing(
-        expert_ids=jnp.where(chosen, expert_ids, -1),
+        expert_ids=ids,
         weights=jnp.where(chosen, weights, 0.0),
         scores=jnp.where(active[..., None], jax.nn.softmax(_log_scores(logits, config)), 0.0),
         logits=logits,
+        wanted_ids=wanted_ids,
     )
 
 
@@ -286,10 +209,12 @@ def _scores(logits: Array, config: RouterConfig) -> Array:
 
 
 def _weights(logits: Array, expert_ids: Array, chosen: Array, config: RouterConfig) -> Array:
-    """The weights of the chosen experts, [..., K], before the scale. Every token has chosen one."""
+    """The weights of the chosen experts, [..., K], before the scale; of others anything finite."""
     if config.normalize or (config.topk_first and config.score == "softmax"):
         log_scores = jnp.take_along_axis(_log_scores(logits, config), expert_ids, axis=-1)
-        return jax.nn.softmax(jnp.where(chosen, log_scores, -jnp.inf))
+        # A softmax over nothing would be NaN, and with it the gradient of what is not used.
+        kept = chosen | ~jnp.any(chosen, axis=-1, keepdims=True)
+        return jax.nn.softmax(jnp.where(kept, log_scores, -jnp.inf))
     return jnp.take_along_axis(_scores(logits, config), expert_ids, axis=-1)
 
 
@@ -299,8 +224,9 @@ def _select(
     config: RouterConfig,
     bias: Array | None,
     locality: Locality | None,
-) -> tuple[Array, Array]:
-    """The ids [..., K] of each token's experts, and whether each is a choice at all.
+) -> tuple[Array, Array, Array]:
+    """What experts are selected by, [..., E], -inf for those that must not be; the ids [..., K] of
+    each token's experts, and whether each is a choice at all.
 
     An id that is no choice (too few experts with a logit above -inf) is in range, but must not be
     used.
@@ -322,7 +248,27 @@ def _select(
     if locality is not None and config.local_slack is not None:
         near = locality.distance == 0
         best, expert_ids = _local_first(values, best, expert_ids, near, config.local_slack)
-    return expert_ids, best > -jnp.inf
+    return values, expert_ids, best > -jnp.inf
+
+
+def _within_capacity(
+    logits: Array,
+    values: Array,
+    expert_ids: Array,
+    config: RouterConfig,
+    replicas: Array | None,
+) -> Array:
+    """The choices [..., K] for which their experts have room, -1 for the others, best first."""
+    if config.expert_capacity_factor is None:
+        return expert_ids
+    num_experts, top_k = logits.shape[-1], expert_ids.shape[-1]
+    scores = lax.stop_gradient(_scores(logits, config)).reshape(-1, num_experts)
+    num_choices = scores.shape[0] * top_k
+    room = rooms(config.expert_capacity_factor, num_choices, num_experts, replicas)
+    ids = expert_ids.reshape(-1, top_k)
+    values = values.reshape(-1, num_experts)
+    ids = admit(ids, values, scores, room, retries=config.capacity_retries)
+    return ids.reshape(expert_ids.shape)
 
 
 def _local_first(
@@ -385,6 +331,21 @@ def _check_locality(
         raise ValueError(
             f"`route`: top_k ({top_k}) is more than the {selectable} experts that top_nodes="
             f"{config.top_nodes} of num_nodes={config.num_nodes} have. Raise top_nodes."
+        )
+
+
+def _check_replicas(num_experts: int, config: RouterConfig, replicas: Array | None) -> None:
+    if replicas is None:
+        return
+    if config.expert_capacity_factor is None:
+        raise ValueError(
+            "`route`: replicas are given, but the router has no expert_capacity_factor, the one "
+            "option that needs them. Leave them out."
+        )
+    if replicas.shape != (num_experts,) or not jnp.issubdtype(replicas.dtype, jnp.integer):
+        raise ValueError(
+            f"`route`: replicas are {replicas.dtype}{list(replicas.shape)}; wanted {num_experts} "
+            "integers, how often each expert of logits is there. Give `Placement.counts`."
         )
 
 

@@ -125,9 +125,14 @@ def forward(
         y += (jax.nn.silu(x @ params["shared_gate"]) * (x @ params["shared_up"])) @ params[
             "shared_down"
         ]
+    none = jnp.zeros((), jnp.int32)
+    rows = jnp.where(keep[..., None], chosen, 0.0).sum((0, 1, 2)).reshape(config.R, -1).sum(-1)
     stats = MoEStats(
         tokens_per_expert=jnp.sum(chosen, (0, 1, 2)).astype(jnp.int32),
+        rows_per_device=rows.astype(jnp.int32),
         num_dropped=jnp.sum(mask[..., None] & ~keep, dtype=jnp.int32),
+        num_refused=none,
+        num_rerouted=none,
         entropy=losses.router_entropy(routing.scores),
         load_balance_loss=losses.load_balance_loss(routing.scores, routing.expert_ids),
         z_loss=losses.router_z_loss(routing.logits, mask=mask),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -35,7 +36,7 @@ OPTIONS = [
 
 
 def make(config: RouterConfig, **options: Any) -> RouterConfig:
-    return routing_lib.dataclasses.replace(config, **options)
+    return dataclasses.replace(config, **options)
 
 
 def values_of(config: RouterConfig, logits: np.ndarray) -> np.ndarray:

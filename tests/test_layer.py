@@ -88,7 +88,13 @@ def check(got: Any, want: Any, tolerance: float) -> None:
     dense.assert_close(d_x, want_d_x, tolerance, "d_x")
     for name, gradient in want_d_params.items():
         dense.assert_close(d_params[name], gradient, tolerance, name)
-    for name in ("tokens_per_expert", "num_dropped"):
+    for name in (
+        "tokens_per_expert",
+        "rows_per_device",
+        "num_dropped",
+        "num_refused",
+        "num_rerouted",
+    ):
         np.testing.assert_array_equal(getattr(stats, name), getattr(want_stats, name), name)
     for name in COEFFICIENTS:
         dense.assert_close(getattr(stats, name), getattr(want_stats, name), tolerance, name)
