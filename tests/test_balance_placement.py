@@ -110,6 +110,47 @@ def test_no_device_gets_more_than_it_has_room_for(load: list[int], room: list[in
     assert held.sum() == sum(room) - free
 
 
+@given(load=loads, num_devices=st.integers(1, 5), width=st.integers(1, 4))
+def test_replicas_of_an_expert_lie_on_distinct_devices(
+    load: list[int], num_devices: int, width: int
+):
+    """Whatever the room allows: a device holds two of an expert only if every device is full of
+    experts that it holds once, which packing can run into at its end.
+    """
+    num_slots = num_devices * width
+    if num_slots < len(load):
+        return
+    placement = place(load, num_devices=num_devices, num_replicas=num_slots, distinct=True)
+    check_consistent(placement)
+    if num_slots <= len(load) * num_devices:
+        assert placement.counts.max() <= num_devices
+    held = placement.slot_experts.reshape(num_devices, width)
+    repeated = sum(width - len(set(row)) for row in held.tolist())
+    plain = place(load, num_devices=num_devices, num_replicas=num_slots)
+    before = plain.slot_experts.reshape(num_devices, width)
+    assert repeated <= sum(width - len(set(row)) for row in before.tolist())
+
+
+def test_distinct_devices_keep_what_the_load_promises():
+    """Tokens take the replica on their own device: two of an expert there would get one's load."""
+    load = np.arange(1, 65) ** -1.5
+    devices, slots = 2, 80
+    same = place(load, num_devices=devices, num_replicas=slots)
+    apart = place(load, num_devices=devices, num_replicas=slots, distinct=True)
+    got = {}
+    for name, placement in (("same", same), ("apart", apart)):
+        where = placement.slot_experts.reshape(devices, -1)
+        here = np.array([np.isin(np.arange(64), row) for row in where])
+        # An expert's load comes from all devices alike, and stays where there is a replica.
+        served = here * load / here.sum(0)
+        got[name] = served.sum(-1).max() / served.sum(-1).mean()
+    assert got["same"] > 1.05 and got["apart"] < 1.01
+    golden = place(
+        GOLDEN_LOAD, num_devices=8, num_replicas=16, num_nodes=2, num_groups=4, distinct=True
+    )
+    np.testing.assert_array_equal(golden.slot_experts, GOLDEN_SLOTS)
+
+
 def test_a_faster_device_gets_more():
     speeds = [1.0, 1.0, 2.0, 4.0]
     load = np.random.default_rng(0).random(64)
@@ -129,10 +170,11 @@ def test_skewed_load_is_balanced(seed: int):
 
 def test_a_large_model_is_placed_at_once():
     load = np.random.default_rng(0).permuted(np.tile(zipf(256), (61, 1)), axis=-1)
-    start = time.process_time()
-    placement = place(load, num_devices=144, num_replicas=288)
-    assert time.process_time() - start <= 0.3
-    assert placement.slot_experts.shape == (61, 288)
+    for distinct in (False, True):
+        start = time.process_time()
+        placement = place(load, num_devices=144, num_replicas=288, distinct=distinct)
+        assert time.process_time() - start <= 0.3
+        assert placement.slot_experts.shape == (61, 288)
 
 
 @pytest.mark.parametrize(

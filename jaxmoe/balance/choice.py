@@ -60,24 +60,32 @@ def near_replicas(
             f"({per_node}). Use None to leave nodes out."
         )
     slots, device = jnp.asarray(placement.expert_slots, I32), jnp.asarray(device, I32)
-    held = slots >= 0
+    node, held = device // I32(per_node), slots >= 0
     home = slots // I32(width)
-    here = held & (home == device)
-    on_node = held & (home // I32(per_node) == device // I32(per_node))
-    any_here, any_on_node = jnp.any(here, -1), jnp.any(on_node, -1)
-    run = jnp.where(any_here[:, None], here, jnp.where(any_on_node[:, None], on_node, held))
-    # Devices that share a run are numbered: within the node by those below without a replica, else
-    # over all nodes without one.
-    node = home // I32(per_node)
-    devices_below = _distinct_below(home, on_node, device)
-    nodes_below = _distinct_below(node, held, device // I32(per_node))
+    home_node = home // I32(per_node)
+    on_device, on_node = held & (home == device), held & (home_node == node)
+    # Slots ascend, so that what lies below this device or node comes first in its row. All counts
+    # are one sum, for few kernels.
+    num_here, num_on_node, num, before_device, before_node, devices_below, nodes_below = _counts(
+        on_device,
+        on_node,
+        held,
+        held & (home < device),
+        held & (home_node < node),
+        # Devices that share a run are numbered: within the node by those below without a replica,
+        # else over all nodes without one.
+        on_node & (home < device) & _first_of_equals(home),
+        held & (home_node < node) & _first_of_equals(home_node),
+    )
+    any_here, any_on_node = num_here > 0, num_on_node > 0
+    first = jnp.where(any_here, before_device, jnp.where(any_on_node, before_node, I32(0)))
     offset = jnp.where(
         any_on_node, device % I32(per_node) - devices_below, device - I32(per_node) * nodes_below
     )
     return NearReplicas(
         slots,
-        jnp.argmax(run, -1).astype(I32),
-        jnp.sum(run, -1, dtype=I32),
+        first,
+        jnp.where(any_here, num_here, jnp.where(any_on_node, num_on_node, num)),
         jnp.where(any_here, I32(0), offset),
     )
 
@@ -227,10 +235,14 @@ def _like(arrays: list[Array], models: list[Array]) -> list[Array]:
     return [vary_alike((a, m))[0] for a, m in zip(arrays, models, strict=True)]
 
 
-def _distinct_below(values: Array, held: Array, bound: Array) -> Array:
-    """How many different values below a bound each row holds; equal ones are neighbours."""
-    before = jnp.pad(values, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-    return jnp.sum(held & (values < bound) & (values != before), -1, dtype=I32)
+def _counts(*masks: Array) -> Array:
+    """How many of each row of each mask: [masks, rows]."""
+    return jnp.sum(jnp.stack(masks), -1, dtype=I32)
+
+
+def _first_of_equals(values: Array) -> Array:
+    """Whether a value differs from the one before it in its row; equal ones are neighbours."""
+    return values != jnp.pad(values, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
 
 
 def _occurrence(expert_ids: Array) -> Array:

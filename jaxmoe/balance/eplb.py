@@ -39,7 +39,7 @@ def replicate(load: Any, num_replicas: int) -> np.ndarray:
             f"`replicate`: num_replicas ({num_replicas}) must be at least the {num_experts} "
             "experts of load. Every expert needs one."
         )
-    counts = _replicas(loads.reshape(-1, num_experts), num_replicas)[1]
+    counts = _replicas(loads.reshape(-1, num_experts), num_replicas, num_replicas)[1]
     return counts.reshape(loads.shape)
 
 
@@ -53,6 +53,7 @@ def place(
     speeds: Sequence[float] | None = None,
     slots: Sequence[int] | None = None,
     max_replicas: int | None = None,
+    distinct: bool = False,
 ) -> Placement:
     """Replicas for the busy experts, spread so that every device is equally busy.
 
@@ -73,6 +74,9 @@ def place(
       slots: [R] experts for which each device has memory; None for P / R. The placement has
         max(slots) slots on every device, of which a smaller device leaves some empty.
       max_replicas: of `Placement`.
+      distinct: no device holds two replicas of an expert, if that can be avoided. Two do not help
+        where devices serve their own tokens first (`choose_replicas`): they get the share of one.
+        False: the published algorithm, which does not look.
 
     Returns:
       A `Placement`, with a dimension of layers if `load` has one.
@@ -92,11 +96,13 @@ def place(
     flat = loads.reshape(-1, num_experts)
     experts = _groups_to_nodes(flat, num_groups, num_nodes, rate)
     ordered = np.take_along_axis(flat, experts, axis=-1).reshape(-1, num_experts // num_nodes)
-    made, counts = _replicas(ordered, total // num_nodes)
+    most = num_devices // num_nodes if distinct else total
+    made, counts = _replicas(ordered, total // num_nodes, most)
     share = np.take_along_axis(ordered / counts, made, axis=-1)
     shape = (len(share), num_devices // num_nodes)
     tiled = [np.tile(a.reshape(num_nodes, -1), (len(flat), 1)) for a in (room, rate)]
-    device, nth = pack(share, tiled[0].reshape(shape), tiled[1].reshape(shape))
+    kinds = made if distinct else None
+    device, nth = pack(share, tiled[0].reshape(shape), tiled[1].reshape(shape), kinds)
 
     width = int(room.max())
     held = np.full((len(share), shape[1] * width), -1, np.int32)
@@ -128,7 +134,7 @@ def device_loads(placement: Placement, load: Any, num_devices: int) -> np.ndarra
 
 
 def pack(
-    weights: np.ndarray, room: np.ndarray, speeds: np.ndarray
+    weights: np.ndarray, room: np.ndarray, speeds: np.ndarray, kinds: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Spread items over bins: by falling weight, each to the bin that would be the least busy.
 
@@ -136,6 +142,7 @@ def pack(
       weights: [B, n], B independent problems.
       room: [B, m] most items of each bin; the sums are at least n.
       speeds: [B, m].
+      kinds: [B, n] integers; items of one kind go to different bins as long as one has room.
 
     Returns:
       [B, n] the bin of each item, and its number among the items of that bin.
@@ -150,11 +157,18 @@ def pack(
     bins, nth = np.empty(weights.shape, np.int64), np.empty(weights.shape, np.int64)
     busy = np.where(room > 0, 0.0, np.inf)
     used = np.zeros(room.shape, np.int64)
+    held = None if kinds is None else np.zeros((*room.shape, int(kinds.max()) + 1), bool)
     for item in order.T:
         weight = weights[problem, item]
         # With equal speeds the smallest load decides; adding the weight could only round.
         cost = busy if equal else (busy + weight[:, None]) / speeds
+        if held is not None and kinds is not None:
+            kind = kinds[problem, item]
+            apart = np.where(held[problem, :, kind], np.inf, cost)
+            cost = np.where(np.isfinite(apart).any(-1, keepdims=True), apart, cost)
         chosen = np.argmin(cost, axis=-1)
+        if held is not None:
+            held[problem, chosen, kind] = True
         bins[problem, item] = chosen
         nth[problem, item] = used[problem, chosen]
         used[problem, chosen] += 1
@@ -186,17 +200,26 @@ def check_load(name: str, load: Any) -> np.ndarray:
     return loads
 
 
-def _replicas(loads: np.ndarray, num_replicas: int) -> tuple[np.ndarray, np.ndarray]:
-    """The expert of each replica [B, P], the first of each expert first, and counts [B, n]."""
+def _replicas(loads: np.ndarray, num_replicas: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """The expert of each replica [B, P], the first of each expert first, and counts [B, n].
+
+    An expert has at most `most` of them, unless all have.
+    """
     size, num_experts = loads.shape
     counts = np.ones(loads.shape, np.int32)
     made = np.empty((size, num_replicas), np.int64)
     made[:, :num_experts] = np.arange(num_experts)
     problem, share = np.arange(size), loads.copy()
+    beyond = 2 * loads.max(-1) + 1
+    if most == 1:
+        share -= beyond[:, None]
     for i in range(num_experts, num_replicas):
         made[:, i] = busiest = np.argmax(share, axis=-1)
         counts[problem, busiest] += 1
-        share[problem, busiest] = loads[problem, busiest] / counts[problem, busiest]
+        left = loads[problem, busiest] / counts[problem, busiest]
+        # Below all others, and still in the order of the loads.
+        full = counts[problem, busiest] >= most
+        share[problem, busiest] = np.where(full, left - beyond, left)
     return made, counts
 
 
