@@ -1,7 +1,7 @@
 """What each routing strategy costs in quality, and what it saves, on the demo model.
 
     nice -n 19 python benchmarks/routing_quality.py --json quality.json --plot quality.png
-    python benchmarks/routing_quality.py --steps 20 --strategies node-limited-2  # a quick look
+    python benchmarks/routing_quality.py --steps 20 --strategies "2 nodes of 4"  # a quick look
 
 Every strategy trains the preset anew, on the same windows from the same seed, for --steps steps of
 a schedule of that length. Held-out windows then give: the loss in nats per byte; the copies of a
@@ -31,15 +31,15 @@ from presets import PRESETS, ModelConfig, RunConfig
 # Scores are sigmoids: those of a token's choices differ by some hundredths to tenths.
 STRATEGIES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "device-penalty-0.02": {"device_penalty": 0.02},
-    "device-penalty-0.1": {"device_penalty": 0.1},
-    "node-penalty-0.05": {"node_penalty": 0.05},
-    "two-stage-0.05": {"local_slack": 0.05},
-    "node-limited-2": {"top_nodes": 2},
-    "node-limited-1": {"top_nodes": 1},
-    "capacity-1.25-drop": {"expert_capacity_factor": 1.25},
-    "capacity-1-drop": {"expert_capacity_factor": 1.0},
-    "capacity-1-retry-2": {"expert_capacity_factor": 1.0, "capacity_retries": 2},
+    "plain, other seed": {"seed": 1},  # what chance alone does
+    "device penalty 0.1": {"device_penalty": 0.1},
+    "node penalty 0.1": {"node_penalty": 0.1},
+    "two stages, slack 0.1": {"local_slack": 0.1},
+    "2 nodes of 4": {"top_nodes": 2},
+    "1 node of 4": {"top_nodes": 1},
+    "capacity 1.25, drop": {"expert_capacity_factor": 1.25},
+    "capacity 1, drop": {"expert_capacity_factor": 1.0},
+    "capacity 1, 2 retries": {"expert_capacity_factor": 1.0, "capacity_retries": 2},
 }
 COLUMNS = {
     "nats_per_byte": ("nats/byte", "9.4f"),
@@ -82,8 +82,11 @@ class Bench:
         return make_group(model, self.mesh, max_tokens=tokens, transport=self.config.transport)
 
     def _with(self, changes: dict[str, Any]) -> RunConfig:
-        model = dataclasses.replace(self.config.model, **changes)
-        return dataclasses.replace(self.config, model=model)
+        options = {name: value for name, value in changes.items() if name != "seed"}
+        model = dataclasses.replace(self.config.model, **options)
+        seed = changes.get("seed", self.config.train.seed)
+        train = dataclasses.replace(self.config.train, seed=seed)
+        return dataclasses.replace(self.config, model=model, train=train)
 
     def train(self, changes: dict[str, Any]) -> tuple[Any, list[float], float]:
         """The parameters and the routers' state after training; losses; seconds of the steps."""

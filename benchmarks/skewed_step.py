@@ -5,11 +5,12 @@
     python -m jaxmoe launch -n 2 benchmarks/skewed_step.py --transport nvshmem
     python benchmarks/skewed_step.py --what lookup --lookup-tokens 128 4096
 
-A step is the layer's output and the gradients of its tokens and weights. Experts are chosen with a
-probability of 1 / rank^S, the busiest ones on the first device, which is the worst that an unlucky
-order can be: "uniform" is S = 0; "skewed" leaves every expert in its place; "moved" has `place` put
-them elsewhere, one slot each; "replicas" gives busy ones the redundant slots, too. The placement is
-made from the load of other tokens than those timed. Nothing is ever dropped.
+A step is the layer's output and the gradients of its tokens and weights, or with --forward the
+output. Experts are chosen with a probability of 1 / rank^S, the busiest ones on the first device,
+which is the worst that an unlucky order can be: "uniform" is S = 0; "skewed" leaves every expert in
+its place; "moved" has `place` put them elsewhere, one slot each; "replicas" gives busy ones the
+redundant slots, too. The placement is made from the load of other tokens than those timed. Nothing
+is ever dropped.
 
 "lookup" times dispatch to the slots that `choose_replicas` looks up, and to the same slots given.
 
@@ -56,8 +57,8 @@ class Sizes:
 
 
 SIZES = {
-    "cpu": Sizes(256, 128, 512, 64, 16, 4, 2.0, "float32", 256, 256, 32, 8, 2, 9),
-    "gpu": Sizes(4096, 2048, 1024, 64, 16, 8, 1.5, "bfloat16", 7168, 256, 32, 8, 10, 9),
+    "cpu": Sizes(512, 128, 512, 64, 16, 4, 2.0, "float32", 256, 256, 32, 8, 2, 9),
+    "gpu": Sizes(4096, 2048, 1024, 64, 4, 8, 1.5, "bfloat16", 7168, 256, 32, 8, 10, 9),
 }
 SCENARIOS = ("uniform", "skewed", "moved", "replicas")
 
@@ -131,7 +132,7 @@ def draw_logits(key: Any, sizes: Sizes, zipf: float) -> Any:
     return noise - zipf * jnp.log(rank)
 
 
-def make_step(bench: Bench, scenario: str) -> tuple[Any, Any]:
+def make_step(bench: Bench, scenario: str, forward: bool) -> tuple[Any, Any]:
     """The operation of a scenario, and a function of its operands: output and rows per device."""
     import jax
     import jax.numpy as jnp
@@ -175,6 +176,9 @@ def make_step(bench: Bench, scenario: str) -> tuple[Any, Any]:
         return y, stats.rows_per_device
 
     def step(x: Any, params: Any, placement: Any) -> Any:
+        if forward:
+            return output(x, params, placement)[0]
+
         def loss(x: Any, params: Any) -> Any:
             y = output(x, params, placement)[0].astype(jnp.float32)
             return jnp.sum(y * y)
@@ -201,13 +205,13 @@ def make_placement(bench: Bench, zipf: float, slots: int) -> Any:
     return balance.place(load, num_devices=count, num_replicas=slots, distinct=True)
 
 
-def measure_steps(bench: Bench) -> dict[str, dict[str, Any]]:
+def measure_steps(bench: Bench, forward: bool) -> dict[str, dict[str, Any]]:
     """Of every scenario: the step's time and the load of the busiest device."""
     import numpy as np
 
     from jaxmoe.bench import clocks
 
-    made = {name: make_step(bench, name) for name in SCENARIOS}
+    made = {name: make_step(bench, name, forward) for name in SCENARIOS}
     results: dict[str, dict[str, Any]] = {}
     outputs: dict[str, np.ndarray] = {}
     for name, (operation, output) in made.items():
@@ -325,6 +329,7 @@ def parse_args() -> argparse.Namespace:
         kind = {"float": float, "str": str}.get(str(field.type), int)
         defaults = ", ".join(f"{getattr(s, field.name)} on a {name}" for name, s in SIZES.items())
         add(f"--{field.name.replace('_', '-')}", type=kind, help=f"default: {defaults}")
+    add("--forward", action="store_true", help="steps without gradients, as in decoding")
     add("--lookup-tokens", type=int, nargs="+", default=[128, 4096])
     add("--threads", action="store_true", help="a CPU device may compute on all cores")
     add("--json", type=Path, metavar="FILE")
@@ -355,7 +360,7 @@ def main() -> None:
     group.close()
     say(", ".join(f"{key} {value}" for key, value in report.items()))
     if "steps" in args.what:
-        report["steps"] = measure_steps(bench)
+        report["steps"] = measure_steps(bench, args.forward)
         print_steps(report["steps"], say)
     if "lookup" in args.what:
         report["lookup"] = [measure_lookup(bench, tokens) for tokens in args.lookup_tokens]

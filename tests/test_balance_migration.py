@@ -148,6 +148,14 @@ def test_improvement_needs_few_moves(seed: int, max_moves: int, slow: bool):
     assert count_moves(old, new) <= max_moves
     before, after = (imbalance(p, load, 8, speeds) for p in (old, new))
     assert after < before or count_moves(old, new) == 0
+    assert repeated(new) <= repeated(old)
+
+
+def repeated(placement: balance.Placement) -> int:
+    """Slots of the 8 devices whose expert lies in an earlier slot of the device."""
+    rows = np.asarray(placement.slot_experts).reshape(8, -1).tolist()
+    held = [[e for e in row if e >= 0] for row in rows]
+    return sum(len(row) - len(set(row)) for row in held)
 
 
 def test_few_moves_follow_a_drifting_load():

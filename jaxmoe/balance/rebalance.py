@@ -105,8 +105,11 @@ def improve(
 
     Each change either exchanges one of its experts with another device, or gives one of them a
     further replica in place of a replica that its expert can do without, whichever lowers
-    `sum over devices of time^8` most per move. (After the incremental balancers of serving systems:
-    a small number of swaps keeps most of what a new placement would gain.)
+    `sum over devices of time^8` most per move. No change gives a device a second replica of an
+    expert, which would serve no more tokens than one (`choose_replicas`).
+
+    (After the incremental balancers of serving systems: a small number of swaps keeps most of what
+    a new placement would gain.)
 
     Args:
       load: [E].
@@ -184,8 +187,10 @@ class _Search:
         self._counts = np.bincount(held[self._filled], minlength=len(self._loads))
         share = self._loads / self._counts
         self._share = np.where(self._filled, share[held], 0.0)
-        busy = np.bincount(self.home, self._share, self._num_devices)
-        self._busy = busy
+        self._busy = np.bincount(self.home, self._share, self._num_devices)
+        # [E, R] replicas of each expert on each device.
+        self._where = np.zeros((len(self._loads), self._num_devices))
+        np.add.at(self._where, (held[self._filled], self.home[self._filled]), 1)
 
     def best(self) -> dict[int, int]:
         """The change of slots that relieves a busy device most per move; {} where none does.
@@ -215,6 +220,8 @@ class _Search:
         gain = cost[hot] + cost[away] - self._cost(self._busy[hot] - shift, hot)
         gain -= self._cost(self._busy[away] + shift, away)
         gain /= np.where(self._filled[others], 2, 1)
+        theirs = np.where(self._filled[others], self._where[self.held[others], hot], 0)
+        gain[(self._where[self.held[mine]][:, away] > 0) | (theirs > 0)] = -math.inf
         i, j = np.unravel_index(np.argmax(gain), gain.shape)
         a, b = int(mine[i]), int(others[j])
         return float(gain[i, j]), {a: int(self.held[b]), b: int(self.held[a])}
@@ -226,9 +233,7 @@ class _Search:
         slots = np.flatnonzero(spared & (self.home != hot))
         if not len(experts) or not len(slots):
             return None
-        where = np.zeros((len(self._loads), self._num_devices))
-        np.add.at(where, (self.held[self._filled], self.home[self._filled]), 1)
-        counts, loads = self._counts, self._loads
+        where, counts, loads = self._where, self._counts, self._loads
         added = loads[experts] / (counts[experts] + 1)
         less = where[experts] * (added - loads[experts] / counts[experts])[:, None]
         gone = self.held[slots]
@@ -239,7 +244,7 @@ class _Search:
         index = np.arange(len(slots))
         busy[:, index, self.home[slots]] += added[:, None] - after
         gain = self._cost(self._busy).sum() - self._cost(busy).sum(-1)
-        gain[experts[:, None] == gone] = -math.inf
+        gain[(experts[:, None] == gone) | (where[experts][:, self.home[slots]] > 0)] = -math.inf
         i, j = np.unravel_index(np.argmax(gain), gain.shape)
         return float(gain[i, j]), {int(slots[j]): int(experts[i])}
 
