@@ -113,6 +113,7 @@ class Bench:
         for name, operation in operations.items():
             programs[name] = clocks.compile_loop(operation, calls)
             clocks.warm_up(programs[name], operation)
+        print("skewed_step: compiled, timing ...", file=sys.stderr, flush=True)
         times: dict[str, list[float]] = {name: [] for name in operations}
         for _ in range(self.sizes.rounds):
             for name, program in programs.items():
