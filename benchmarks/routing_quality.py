@@ -28,6 +28,7 @@ import numpy as np
 import runtime
 from presets import PRESETS, ModelConfig, RunConfig
 
+NUM_NODES = 4  # of neighbouring devices
 # Scores are sigmoids: those of a token's choices differ by some hundredths to tenths.
 STRATEGIES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -67,7 +68,7 @@ class Bench:
         train = dataclasses.replace(
             preset.train, steps=args.steps, warmup_steps=min(preset.train.warmup_steps, args.steps)
         )
-        model = dataclasses.replace(preset.model, num_nodes=args.nodes, top_nodes=args.nodes)
+        model = dataclasses.replace(preset.model, num_nodes=NUM_NODES, top_nodes=NUM_NODES)
         self.config = dataclasses.replace(preset, train=train, model=model, data=tuple(args.data))
         self.tokenizer = load_tokenizer(self.config.tokenizer)
         self.corpus = load_corpus(self.config.data, self.tokenizer, self.config.val_fraction)
@@ -228,7 +229,6 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--preset", default="demo", choices=sorted(PRESETS))
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--nodes", type=int, default=4, help="of neighbouring devices")
     parser.add_argument("--windows", type=int, default=128, help="held-out windows")
     parser.add_argument("--data", type=Path, nargs="*", default=[], help="text to train on")
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
@@ -252,7 +252,7 @@ def main() -> None:
         "steps": train.steps,
         "tokens_per_step": train.batch_size * model.context,
         "windows": args.windows,
-        "nodes": args.nodes,
+        "nodes": NUM_NODES,
     }
     print(", ".join(f"{key} {value}" for key, value in heading.items()))
     results = measure(bench, names, args.json, heading)
