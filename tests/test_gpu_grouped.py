@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import jaxmoe
-from jaxmoe import experts, products
+from jaxmoe import experts
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 
@@ -196,8 +196,7 @@ def test_scan_of_layers():
         np.testing.assert_allclose(wide(got), wide(want), rtol=0.05, atol=0.1 * scale)
 
 
-def test_auto_picks_the_kernels(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(products, "AUTO_TAKES_CUDA", True)
+def test_auto_picks_the_kernels():
     x, w, sizes, _ = draw("even")
     text = jax.jit(jaxmoe.grouped_matmul).lower(x, w, sizes).as_text()
     assert "jaxmoe_grouped_matmul" in text

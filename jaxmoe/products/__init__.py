@@ -14,10 +14,6 @@ from jaxmoe._vma import vary_alike, zeros_alike
 from jaxmoe.products import blocked, cuda, ragged
 
 BACKENDS = ("auto", "cuda", "blocked", "ragged_dot")
-# On an H200 the kernels have passed the check of benchmarks/cuda/grouped.cu, and 13 of the 18 tests
-# of tests/test_gpu_grouped.py; the others' reference was too slow to finish
-# (benchmarks/results/2026-11-22-grouped-H200.txt). Set it when all have passed.
-AUTO_TAKES_CUDA = False
 _log = logging.getLogger("jaxmoe")
 
 
@@ -70,8 +66,8 @@ def choose_backend(
 ) -> Choice:
     """The backend for products of `dtype` between rows of the given widths.
 
-    "auto" is "blocked" on CPUs and GPUs and "ragged_dot" elsewhere. It will be "cuda" wherever that
-    runs, in all directions, once AUTO_TAKES_CUDA says so.
+    "auto" is "cuda" wherever that runs, in all directions; "blocked" on other GPUs and on CPUs; and
+    "ragged_dot" elsewhere.
 
     Args:
       backend: the user's choice, one of `BACKENDS`.
@@ -84,9 +80,7 @@ def choose_backend(
     if backend in ("blocked", "ragged_dot"):
         return Choice(backend, "asked for")
     device = device or _default_device()
-    reason = "it must be asked for by name, until all its tests have passed on a GPU"
-    if backend == "cuda" or AUTO_TAKES_CUDA:  # which loads its library
-        reason = cuda.why_not(jnp.dtype(dtype), widths, device)
+    reason = cuda.why_not(jnp.dtype(dtype), widths, device)
     if backend == "cuda":
         if reason:
             raise RuntimeError(f"grouped_matmul: backend 'cuda' cannot run here: {reason}.")
@@ -94,8 +88,8 @@ def choose_backend(
     if not reason:
         return _announce(Choice("cuda", "it can run"), slow=False)
     known = device.platform in ("cpu", "gpu")
-    slow = AUTO_TAKES_CUDA and device.platform == "gpu"
-    return _announce(Choice("blocked" if known else "ragged_dot", f"not 'cuda': {reason}"), slow)
+    choice = Choice("blocked" if known else "ragged_dot", f"not 'cuda': {reason}")
+    return _announce(choice, slow=device.platform == "gpu")
 
 
 @functools.cache
