@@ -2,8 +2,8 @@
 
     decode.py STEPS FILE
 
-Writes to FILE the names of the custom calls of the compiled step, one a line, without the loop's
-other instructions. With XLA_FLAGS=--xla_dump_to=... XLA writes its programs beside that.
+Writes to FILE the name and target of each custom call of the library in the compiled step, one a
+line. With XLA_FLAGS=--xla_dump_to=... XLA writes its programs beside that.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def main(steps: int, names: Path) -> None:
         )
         if name == transport:
             hlo = generator.lower_continue().compile().as_text()
-            found = re.findall(r'%?([\w.\-]+) = [^\n]*custom_call_target="jaxmoe_', hlo)
-            names.write_text("\n".join(found))
+            found = re.findall(r'%?([\w.\-]+) = [^\n]*custom_call_target="(jaxmoe_\w+)"', hlo)
+            names.write_text("\n".join(" ".join(call) for call in found))
             # Fusions may read a cache in another order; a copy is a copy.
             copies = cache_copies(hlo, cache_shape(generator), kinds=("copy", "copy-start"))
             print(f"process {RANK}: copies of a cache in the loop: {copies}")

@@ -45,9 +45,9 @@ def run(num_tokens: int, dim: int, top_k: int, num_experts: int, **options: obje
     assert np.isfinite(value)
 
 
-run(37, 1032, 3, 8)
-run(64, 7168, 8, 32, capacity_factor=0.5, num_sms=6)
-run(5, 16, 1, 4)
+for mode in ("throughput", "low_latency"):
+    run(37, 1032, 3, 8, mode=mode)
+    run(64, 7168, 8, 32, capacity_factor=0.5, num_sms=6, mode=mode)
+    run(5, 16, 1, 4, mode=mode)
 run(37, 1936, 3, 8, wire_dtype=jnp.float8_e4m3fn)
-run(37, 1032, 3, 8, mode="throughput")
 print("all operations ran", flush=True)
