@@ -202,24 +202,26 @@ def _cell(title: str, spec: str) -> str:
 
 
 def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """Loss against copies of a token, and the busiest device of each strategy."""
+    """Bars for every strategy: change of the loss, copies of a token, the busiest device."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure = Figure(figsize=(11, 1.2 + 0.3 * len(results)), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    for i, (name, row) in enumerate(results.items()):
-        left.plot(row["device_copies"], row["nats_per_byte"], "o", color=f"C{i}")
-        where = (row["device_copies"], row["nats_per_byte"])
-        left.annotate(name, where, (5, 4), textcoords="offset points", fontsize="x-small")
-        right.barh(name, row["device_load"], color=f"C{i}")
-    left.set(xlabel="copies of a token to other devices", ylabel="held-out loss, nats per byte")
-    left.margins(x=0.15, y=0.1)
-    left.grid(alpha=0.3)
-    right.axvline(1, color="black", linewidth=0.8)
-    right.invert_yaxis()
-    right.set(xlabel="rows of the busiest device / mean")
+    panels = {
+        "change": "change of the loss, nats per byte",
+        "device_copies": "copies of a token to other devices",
+        "device_load": "rows of the busiest device / mean",
+    }
+    colors = [f"C{i}" for i in range(len(results))]
+    for axes, (column, label) in zip(
+        figure.subplots(1, 3, sharey=True), panels.items(), strict=True
+    ):
+        axes.barh(list(results), [row[column] for row in results.values()], color=colors)
+        axes.set(xlabel=label)
+        axes.grid(alpha=0.3, axis="x")
+        axes.axvline(float(column == "device_load"), color="black", linewidth=0.8)
+    axes.invert_yaxis()
     figure.savefig(path, dpi=120)
 
 

@@ -57,7 +57,7 @@ class Sizes:
 
 
 SIZES = {
-    "cpu": Sizes(512, 128, 512, 64, 16, 4, 2.0, "float32", 256, 256, 32, 8, 2, 9),
+    "cpu": Sizes(2048, 128, 512, 32, 16, 2, 2.0, "float32", 256, 256, 32, 8, 2, 9),
     "gpu": Sizes(4096, 2048, 1024, 64, 4, 8, 1.5, "bfloat16", 7168, 256, 32, 8, 10, 9),
 }
 SCENARIOS = ("uniform", "skewed", "moved", "replicas")
