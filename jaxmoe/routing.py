@@ -120,7 +120,8 @@ def route(
         logits *= _jitter_factors(logits.shape, config.jitter, key)
     broken = jnp.any(jnp.isnan(logits) | (logits == jnp.inf), axis=-1, keepdims=True)
     # The sum also makes -0.0 a 0.0; top_k would rank it lower, and the two must tie.
-    logits += jnp.where(broken, jnp.nan, 0.0)
+    logits = _apart(logits + jnp.where(broken, jnp.nan, 0.0))
+    log_scores = _apart(_log_scores(logits, config))
 
     values, expert_ids, chosen = _select(logits, top_k, config, bias, locality)
     chosen &= active[..., None]
@@ -128,11 +129,11 @@ def route(
     ids = _within_capacity(logits, values, wanted_ids, config, replicas)
     if ids is not wanted_ids:
         expert_ids, chosen = jnp.maximum(ids, 0), ids >= 0
-    weights = config.scale * _weights(logits, expert_ids, chosen, config)
+    weights = config.scale * _weights(logits, log_scores, expert_ids, chosen, config)
     return Routing(
         expert_ids=ids,
         weights=jnp.where(chosen, weights, 0.0),
-        scores=jnp.where(active[..., None], jax.nn.softmax(_log_scores(logits, config)), 0.0),
+        scores=jnp.where(active[..., None], _apart(jax.nn.softmax(log_scores)), 0.0),
         logits=logits,
         wanted_ids=wanted_ids,
     )
@@ -195,6 +196,15 @@ def _jitter_factors(shape: tuple[int, ...], jitter: float, key: jax.Array | None
     return jax.random.uniform(key, shape, jnp.float32, 1.0 - jitter, 1.0 + jitter)
 
 
+def _apart(values: Array) -> Array:
+    """The values, which XLA computes before what uses them, and whole; likewise their gradient.
+
+    It would fuse all of the router and its gradient: sums within sums for every element, which on
+    GPUs takes minutes to compile.
+    """
+    return lax.optimization_barrier(values)
+
+
 def _log_scores(logits: Array, config: RouterConfig) -> Array:
     """The logarithm of the scores up to a constant per token.
 
@@ -208,13 +218,15 @@ def _scores(logits: Array, config: RouterConfig) -> Array:
     return jax.nn.sigmoid(logits) if config.score == "sigmoid" else jax.nn.softmax(logits)
 
 
-def _weights(logits: Array, expert_ids: Array, chosen: Array, config: RouterConfig) -> Array:
+def _weights(
+    logits: Array, log_scores: Array, expert_ids: Array, chosen: Array, config: RouterConfig
+) -> Array:
     """The weights of the chosen experts, [..., K], before the scale; of others anything finite."""
     if config.normalize or (config.topk_first and config.score == "softmax"):
-        log_scores = jnp.take_along_axis(_log_scores(logits, config), expert_ids, axis=-1)
+        log_scores = jnp.take_along_axis(log_scores, expert_ids, axis=-1)
         # A softmax over nothing would be NaN, and with it the gradient of what is not used.
         kept = chosen | ~jnp.any(chosen, axis=-1, keepdims=True)
-        return jax.nn.softmax(jnp.where(kept, log_scores, -jnp.inf))
+        return _apart(jax.nn.softmax(jnp.where(kept, log_scores, -jnp.inf)))
     return jnp.take_along_axis(_scores(logits, config), expert_ids, axis=-1)
 
 
