@@ -491,6 +491,8 @@ def runs_with_results_of_its_own(run: Any) -> Any:
         ("--dim 0", "--dim must be at least 1, got 0"),
         ("--devices 9", "--devices must be at most the 8 here, got 9"),
         ("--transport p2p", "transport 'p2p' cannot run here: it serves GPUs"),
+        ("--mode low_latency --tokens 4096", "mode 'low_latency' takes at most 1024 tokens per "
+         "device in a group of 8 devices with top_k=2, got max_tokens=4096"),
         ("--num-sms 4", "num_sms (4) bounds GPU kernels, and transport 'cpu' has none"),
         ("--capacity-factor much", "--capacity-factor must be a positive number, 'none' (room for "
          "the worst case) or 'auto' (just what the routing needs), got 'much'"),

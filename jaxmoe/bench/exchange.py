@@ -54,6 +54,8 @@ class Settings:
     """About how long a single measured run may take: fewer iterations if they are slow."""
     wire_dtype: str | None = None
     """Of a group; the reference's too."""
+    mode: str = "auto"
+    """Of a group, as `ExpertParallel` takes it."""
 
 
 @dataclasses.dataclass
@@ -172,6 +174,7 @@ class Exchange:
             capacity_factor=self.capacity_factor,
             dtype=self.settings.dtype,
             wire_dtype=self.settings.wire_dtype,
+            mode=self.settings.mode,
             transport=transport,
             num_sms=num_sms,
         )

@@ -118,6 +118,12 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
         choices=("float8_e4m3fn",),
         help="what tokens are on their way to the experts (default: as --dtype)",
     )
+    add(
+        "--mode",
+        choices=("auto", "throughput", "low_latency"),
+        default="auto",
+        help="which of the kernels for GPUs run (default: auto, by the number of tokens)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -286,6 +292,7 @@ def make_settings(args: argparse.Namespace, defaults: _Defaults) -> Settings:
         iterations=args.iterations or defaults.iterations,
         seconds=defaults.seconds,
         wire_dtype=args.wire_dtype,
+        mode=args.mode,
     )
 
 
