@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 Weights = tuple[nnx.State, nnx.State]
 """Parameters, and the routers' state, as `split_model` returns them."""
+# Caches have a multiple of so many slots: for matrix products on GPUs XLA copies others in every
+# step, to a length that is a multiple of 8.
+SLOTS = 64
 # What a step's load counts against the next one's: an average over the last hundred or so.
 _LOAD_DECAY = 0.99
 
@@ -206,8 +209,9 @@ class Generator:
         """Runs the prompts, fills the caches, and draws each row's first token."""
         batch_size, width = prompts.shape
         model = self._model(weights)
+        slots = -(-(width + self._room) // SLOTS) * SLOTS
         caches = jax.lax.with_sharding_constraint(
-            model.empty_caches(batch_size, width + self._room), token_sharding(self.mesh)
+            model.empty_caches(batch_size, slots), token_sharding(self.mesh)
         )
         mask = jnp.arange(width, dtype=jnp.int32) < lengths[:, None]
         output = model(prompts, caches=caches, fresh=True, mask=mask, last=lengths - 1)

@@ -4,8 +4,13 @@
 """
 
 import os
+import signal
 
 NUM_HOST_DEVICES = 8
+
+# A shell's background jobs ignore Control-C, and so would the programs that tests interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # JAX reads these once, when it is imported.
 _flag = f"--xla_force_host_platform_device_count={NUM_HOST_DEVICES}"

@@ -17,6 +17,7 @@ from decoding import (
     END,
     PROMPT_LENGTHS,
     VOCAB_SIZE,
+    cache_shape,
     make_generator,
     make_model,
     naive_greedy,
@@ -26,6 +27,7 @@ from examples_support import EXAMPLES, make_corpus, run
 from flax import nnx
 
 import timing
+from generate import SLOTS
 from loading import narrow, spread
 from model import Transformer, make_group, split_model
 from rebalancing import DecodeBalancer
@@ -83,6 +85,14 @@ def test_all_numbers_of_devices_give_the_same_tokens(name: str) -> None:
         assert [s.shape[1] for s in streamed[:2]] == [1, 1 + steps]
         assert streamed[-1].tolist() == expected, steps
     assert generator.generate(1)[:, 0].tolist() == [row[0] for row in expected]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_caches_need_no_padding(name: str) -> None:
+    for num_new in (1, 20):
+        *_, slots, _ = cache_shape(make_generator(make_model(CONFIGS[name], 1), num_new))
+        assert slots % SLOTS == 0
+        assert slots >= max(PROMPT_LENGTHS) + num_new - 1
 
 
 @pytest.mark.parametrize("data_parallel", [2, 8])
