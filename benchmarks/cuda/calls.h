@@ -1,4 +1,5 @@
-// What the benchmarks of the kernels share: operands on two GPUs, drawn routings, and timing.
+// What the benchmarks of the kernels share: operands on GPUs, two unless DEVICES is defined, drawn
+// routings, and timing.
 
 #ifndef JAXMOE_BENCHMARKS_CUDA_CALLS_H_
 #define JAXMOE_BENCHMARKS_CUDA_CALLS_H_
@@ -19,7 +20,10 @@
 
 namespace jaxmoe::cuda {
 
-constexpr int kDevices = 2;
+#ifndef DEVICES
+#define DEVICES 2
+#endif
+constexpr int kDevices = DEVICES;
 
 struct Shape {
   int tokens, dim, top_k, experts;
@@ -80,7 +84,7 @@ inline std::vector<int32_t> DrawIds(const Shape& s, const std::string& routing, 
 
 using Launch = std::function<void(int device)>;
 
-// Microseconds of one call on the slower device: each device replays a CUDA graph of `num_calls`
+// Microseconds of one call on the slowest device: each device replays a CUDA graph of `num_calls`
 // calls between two events; the median of `num_replays` replays.
 inline double Time(const std::vector<cudaStream_t>& streams, int num_calls, int num_replays,
                    const Launch& launch) {

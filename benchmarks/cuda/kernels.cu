@@ -21,43 +21,22 @@
 // rows up to the capacity) at 3.9 TB/s. Both rates are measured on two H200. "wire" is the rate at
 // which rows cross it during dispatch and combine, in GB/s.
 
-#include <cuda_runtime.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <functional>
-#include <random>
-#include <string>
-#include <utility>
-#include <vector>
 
-#include "xla_ffi/cuda/groups.h"
+#include "benchmarks/cuda/calls.h"
 
 using namespace jaxmoe::cuda;  // NOLINT: a program, not a header
 
 namespace {
 
-#ifndef DEVICES
-#define DEVICES 2
-#endif
-constexpr int kDevices = DEVICES;
 constexpr int kCalls = 20;
 constexpr int kReplays = 5;
 constexpr double kWireBytesPerUs = 371e3;
 constexpr double kMemoryBytesPerUs = 3.9e6;
 constexpr double kCapacityFactor = 1.05;
 
-struct Shape {
-  int tokens, dim, top_k, experts;
-
-  int num_local() const { return experts / kDevices; }
-  int num_scales() const { return jaxmoe::quantize::NumBlocks(dim); }
-  double row_bytes() const { return dim * 2.0; }
-  double fp8_bytes() const { return dim + 4.0 * num_scales(); }
-};
+int NumScales(const Shape& s) { return jaxmoe::quantize::NumBlocks(s.dim); }
+double Fp8Bytes(const Shape& s) { return s.dim + 4.0 * NumScales(s); }
 
 struct Options {
   int num_sms = 0;  // 0: all
@@ -67,56 +46,6 @@ struct Options {
                                {4096, 2048, 8, 128}, {4096, 4096, 2, 8},   {128, 7168, 8, 256},
                                {8, 7168, 8, 256}};
 };
-
-void Check(cudaError_t error) {
-  if (error == cudaSuccess) return;
-  std::fprintf(stderr, "CUDA: %s\n", cudaGetErrorString(error));
-  std::exit(1);
-}
-
-// Device memory for one shape; freed together.
-class Arena {
- public:
-  ~Arena() {
-    for (void* p : all_) cudaFree(p);
-  }
-  template <typename T>
-  T* Zeros(size_t n) {
-    void* p = nullptr;
-    Check(cudaMalloc(&p, n * sizeof(T)));
-    Check(cudaMemset(p, 0, n * sizeof(T)));
-    all_.push_back(p);
-    return static_cast<T*>(p);
-  }
-  template <typename T>
-  T* Copy(const std::vector<T>& host) {
-    T* p = Zeros<T>(host.size());
-    Check(cudaMemcpy(p, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
-    return p;
-  }
-
- private:
-  std::vector<void*> all_;
-};
-
-// K different experts for each token. The K smallest of -log(u) / p are a draw without replacement
-// with probabilities in the ratio of p.
-std::vector<int32_t> DrawIds(const Shape& s, const std::string& routing, std::mt19937* rng) {
-  std::vector<double> inverse(s.experts, 1.0);
-  for (int e = 0; e < s.experts; ++e) {
-    if (routing == "zipf") inverse[e] = std::pow(e + 1, 1.2);
-    if (routing == "hot" && e == 0) inverse[e] = 0.0;
-  }
-  std::uniform_real_distribution<double> uniform(1e-12, 1.0);
-  std::vector<std::pair<double, int32_t>> keys(s.experts);
-  std::vector<int32_t> ids;
-  for (int t = 0; t < s.tokens; ++t) {
-    for (int e = 0; e < s.experts; ++e) keys[e] = {-std::log(uniform(*rng)) * inverse[e], e};
-    std::partial_sort(keys.begin(), keys.begin() + s.top_k, keys.end());
-    for (int k = 0; k < s.top_k; ++k) ids.push_back(keys[k].second);
-  }
-  return ids;
-}
 
 // What one routing moves.
 struct Traffic {
@@ -171,7 +100,7 @@ Calls MakeCalls(const Shape& s, const Options& options, int capacity,
             arena->Zeros<int32_t>(capacity),
             arena->Zeros<int32_t>(choices)};
   d.wire = {options.fp8_wire ? jaxmoe::kWireAmax : jaxmoe::kWirePlain, RowType::kBf16, s.dim,
-            options.fp8_rows ? arena->Zeros<float>(size_t(capacity) * s.num_scales()) : nullptr};
+            options.fp8_rows ? arena->Zeros<float>(size_t(capacity) * NumScales(s)) : nullptr};
   d.expert_ids = arena->Copy(ids);
   d.weights = arena->Copy(std::vector<float>(choices, 0.125f));
   c.combine.site = 2;
@@ -195,51 +124,6 @@ Calls MakeCalls(const Shape& s, const Options& options, int capacity,
   return c;
 }
 
-using Launch = std::function<void(int device)>;
-
-// Microseconds of one call on the slower device.
-double Time(const std::vector<cudaStream_t>& streams, const Launch& launch) {
-  cudaEvent_t begin[kDevices], end[kDevices];
-  cudaGraphExec_t graphs[kDevices];
-  for (int d = 0; d < kDevices; ++d) {
-    Check(cudaSetDevice(d));
-    Check(cudaEventCreate(&begin[d]));
-    Check(cudaEventCreate(&end[d]));
-    Check(cudaStreamBeginCapture(streams[d], cudaStreamCaptureModeThreadLocal));
-    for (int i = 0; i < kCalls; ++i) launch(d);
-    cudaGraph_t graph;
-    Check(cudaStreamEndCapture(streams[d], &graph));
-    Check(cudaGraphInstantiate(&graphs[d], graph, 0));
-    Check(cudaGraphDestroy(graph));
-    Check(cudaGraphUpload(graphs[d], streams[d]));
-  }
-  std::vector<double> times;
-  for (int replay = -1; replay < kReplays; ++replay) {  // one to warm up
-    for (int d = 0; d < kDevices; ++d) {
-      Check(cudaSetDevice(d));
-      Check(cudaEventRecord(begin[d], streams[d]));
-      Check(cudaGraphLaunch(graphs[d], streams[d]));
-      Check(cudaEventRecord(end[d], streams[d]));
-    }
-    double worst = 0;
-    for (int d = 0; d < kDevices; ++d) {
-      Check(cudaSetDevice(d));
-      Check(cudaStreamSynchronize(streams[d]));
-      float ms = 0;
-      Check(cudaEventElapsedTime(&ms, begin[d], end[d]));
-      worst = std::max(worst, ms * 1e3 / kCalls);
-    }
-    if (replay >= 0) times.push_back(worst);
-  }
-  for (int d = 0; d < kDevices; ++d) {
-    Check(cudaGraphExecDestroy(graphs[d]));
-    Check(cudaEventDestroy(begin[d]));
-    Check(cudaEventDestroy(end[d]));
-  }
-  std::sort(times.begin(), times.end());
-  return times[kReplays / 2];
-}
-
 // The launches of one group, on any of its devices.
 struct Group {
   int64_t uid;
@@ -249,29 +133,30 @@ struct Group {
 
   void Dispatch(int d) const {
     const auto m = FindMember(uid, d);
-    Check(
+    CheckCuda(
         LaunchDispatch(streams[d], m->num_blocks, m->peers, m->layout(), sizes, calls[d].dispatch));
   }
   void CombineGrad(int d) const {
     const auto m = FindMember(uid, d);
-    Check(LaunchCombineGrad(streams[d], m->num_blocks, m->peers, m->layout(), sizes,
-                            calls[d].combine_grad, RowType::kBf16));
+    CheckCuda(LaunchCombineGrad(streams[d], m->num_blocks, m->peers, m->layout(), sizes,
+                                calls[d].combine_grad, RowType::kBf16));
   }
   void Sum(int d, const CombineArgs& args) const {
     const auto m = FindMember(uid, d);
-    Check(LaunchCombine(streams[d], m->num_blocks, m->peers, m->layout(), sizes, args,
-                        RowType::kBf16));
+    CheckCuda(LaunchCombine(streams[d], m->num_blocks, m->peers, m->layout(), sizes, args,
+                            RowType::kBf16));
   }
 };
 
 void PrintTimes(const Shape& s, const Traffic& traffic, const Group& group) {
   const auto& streams = group.streams;
-  const double dispatch = Time(streams, [&](int d) { group.Dispatch(d); });
-  const double combine = Time(streams, [&](int d) { group.Sum(d, group.calls[d].combine); });
+  const double dispatch = Time(streams, kCalls, kReplays, [&](int d) { group.Dispatch(d); });
+  const double combine =
+      Time(streams, kCalls, kReplays, [&](int d) { group.Sum(d, group.calls[d].combine); });
   const double dispatch_grad =
-      Time(streams, [&](int d) { group.Sum(d, group.calls[d].dispatch_grad); });
-  const double combine_grad = Time(streams, [&](int d) { group.CombineGrad(d); });
-  const double pair = Time(streams, [&](int d) {
+      Time(streams, kCalls, kReplays, [&](int d) { group.Sum(d, group.calls[d].dispatch_grad); });
+  const double combine_grad = Time(streams, kCalls, kReplays, [&](int d) { group.CombineGrad(d); });
+  const double pair = Time(streams, kCalls, kReplays, [&](int d) {
     group.Dispatch(d);
     group.Sum(d, group.calls[d].combine);
   });
@@ -294,9 +179,9 @@ void PrintTimes(const Shape& s, const Traffic& traffic, const Group& group) {
 
 void PrintQuantizedTime(const Shape& s, const Options& options, const Traffic& traffic,
                         const Group& group) {
-  const double dispatch = Time(group.streams, [&](int d) { group.Dispatch(d); });
-  const double wire_bytes = traffic.wire_rows * s.fp8_bytes();
-  const double made = traffic.capacity * (options.fp8_rows ? s.fp8_bytes() : s.row_bytes());
+  const double dispatch = Time(group.streams, kCalls, kReplays, [&](int d) { group.Dispatch(d); });
+  const double wire_bytes = traffic.wire_rows * Fp8Bytes(s);
+  const double made = traffic.capacity * (options.fp8_rows ? Fp8Bytes(s) : s.row_bytes());
   const double memory = (s.tokens * s.row_bytes() + made) / kMemoryBytesPerUs;
   std::printf("%5d %5d %2d %4d  %7.1f (%3.0f) %72s %4.0f\n", s.tokens, s.dim, s.top_k, s.experts,
               dispatch, std::max(wire_bytes / kWireBytesPerUs, memory), "",
@@ -321,7 +206,7 @@ void Run(const Shape& s, const Options& options, int64_t uid,
   Arena arenas[kDevices];
   Group group = {uid, sizes, streams, {}};
   for (int d = 0; d < kDevices; ++d) {
-    Check(cudaSetDevice(d));
+    CheckCuda(cudaSetDevice(d));
     group.calls.push_back(MakeCalls(s, options, traffic.capacity, ids[d], &arenas[d]));
   }
   if (options.fp8_wire) {
@@ -374,11 +259,11 @@ int main(int argc, char** argv) {
   const Options options = ParseOptions(argc, argv);
   std::vector<cudaStream_t> streams(kDevices);
   for (int d = 0; d < kDevices; ++d) {
-    Check(cudaSetDevice(d));
-    Check(cudaStreamCreate(&streams[d]));
+    CheckCuda(cudaSetDevice(d));
+    CheckCuda(cudaStreamCreate(&streams[d]));
   }
   cudaDeviceProp properties;
-  Check(cudaGetDeviceProperties(&properties, 0));
+  CheckCuda(cudaGetDeviceProperties(&properties, 0));
   std::printf("%d x %s, %d multiprocessors, routing %s, %s on the wire, rows in %s; us (floor)\n",
               kDevices, properties.name,
               options.num_sms ? options.num_sms : properties.multiProcessorCount,

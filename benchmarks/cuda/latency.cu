@@ -249,7 +249,7 @@ __global__ void Draw(uint32_t* step, int seed, uint32_t* tokens, int num_words, 
   for (int i = threadIdx.x; i < num_words; i += blockDim.x) tokens[i] = Hash(key + i);
   for (int i = threadIdx.x; i < num_choices; i += blockDim.x) {
     const uint32_t draw = Hash(key ^ i << 8);
-    ids[i] = draw % 8 == 0 ? -1 : draw / 8 % num_experts;
+    ids[i] = draw % 8 == 0 ? -1 : int32_t(draw / 8 % num_experts);
     weights[i] = (draw >> 16) * 0x1p-16f - 0.5f;
   }
   __syncthreads();
