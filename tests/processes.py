@@ -20,6 +20,7 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parent
 SHARED_MEMORY = Path("/dev/shm")
 GRACE_SECONDS = 5.0  # for the others to end by themselves once one has failed
+LAUNCH_SECONDS = float(os.environ.get("JAXMOE_TEST_SECONDS", "240"))  # for a launch on GPUs
 
 
 def join(**options: object) -> int:
@@ -33,6 +34,20 @@ def join(**options: object) -> int:
     if num > 1:
         jax.distributed.initialize(os.environ["JAXMOE_TEST_ADDRESS"], num, rank, **options)
     return rank
+
+
+def require_gpus() -> int:
+    """The GPUs of this machine; skips the test without any, fails it where more are required."""
+    import pytest
+
+    # The processes of a launch need the memory: JAX must not take it here.
+    listed = subprocess.run("nvidia-smi -L", shell=True, capture_output=True, text=True).stdout
+    count, wanted = listed.count("UUID: GPU"), int(os.environ.get("JAXMOE_REQUIRE_GPUS", "0"))
+    if count < wanted:
+        pytest.fail(f"JAXMOE_REQUIRE_GPUS={wanted}, but nvidia-smi lists {count} GPUs")
+    if count == 0:
+        pytest.skip("needs a GPU, nvidia-smi lists none")
+    return count
 
 
 class Launch:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 
 import processes
@@ -12,20 +10,10 @@ from decoding import captured
 
 pytestmark = [pytest.mark.gpu, pytest.mark.multiprocess, pytest.mark.timeout(300)]
 
-SECONDS = float(os.environ.get("JAXMOE_TEST_SECONDS", "240"))  # that a launch may take
-
 
 @pytest.fixture(scope="module", autouse=True)
 def num_gpus() -> int:
-    """The GPUs of this machine; skips without any, fails where more are required."""
-    # The processes of a launch need the memory: JAX must not take it here.
-    listed = subprocess.run("nvidia-smi -L", shell=True, capture_output=True, text=True).stdout
-    count, wanted = listed.count("UUID: GPU"), int(os.environ.get("JAXMOE_REQUIRE_GPUS", "0"))
-    if count < wanted:
-        pytest.fail(f"JAXMOE_REQUIRE_GPUS={wanted}, but nvidia-smi lists {count} GPUs")
-    if count == 0:
-        pytest.skip("needs a GPU, nvidia-smi lists none")
-    return count
+    return processes.require_gpus()
 
 
 @pytest.mark.parametrize("num", [1, 2], ids=["p2p", "nvshmem"])
@@ -43,7 +31,7 @@ def test_the_step_is_recorded_in_command_buffers(tmp_path: Path, num_gpus: int, 
     with processes.Launch(
         "decode", num, 1, "1024", str(names), gpus=gpus, environment=variables
     ) as started:
-        started.wait(SECONDS)
+        started.wait(processes.LAUNCH_SECONDS)
         logs = started.check()
     assert all("the same: True" in log for log in logs), logs
     assert all("copies of a cache in the loop: []" in log for log in logs), logs

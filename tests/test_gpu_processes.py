@@ -6,11 +6,9 @@ Sharing a GPU is for correctness only: the processes take turns, a few milliseco
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import signal
-import subprocess
 from typing import Any
 
 import processes
@@ -18,7 +16,7 @@ import pytest
 
 pytestmark = [pytest.mark.gpu, pytest.mark.multiprocess, pytest.mark.timeout(300)]
 
-SECONDS = float(os.environ.get("JAXMOE_TEST_SECONDS", "240"))  # that a launch may take
+SECONDS = processes.LAUNCH_SECONDS
 # fmt: off
 TWO = ("two_devices-zipf", "two_devices_f16-zipf", "all_experts-uniform", "all_devices-zipf",
        "wire_float32-zipf")
@@ -30,15 +28,7 @@ EIGHT = ("large-zipf", "wire_powers-masked", "eight_devices-one_expert", "tuple-
 
 @pytest.fixture(scope="module", autouse=True)
 def num_gpus() -> int:
-    """The GPUs of this machine; skips without any, fails where more are required."""
-    # The processes of a launch need the memory: JAX must not take it here.
-    listed = subprocess.run("nvidia-smi -L", shell=True, capture_output=True, text=True).stdout
-    count, wanted = listed.count("UUID: GPU"), int(os.environ.get("JAXMOE_REQUIRE_GPUS", "0"))
-    if count < wanted:
-        pytest.fail(f"JAXMOE_REQUIRE_GPUS={wanted}, but nvidia-smi lists {count} GPUs")
-    if count == 0:
-        pytest.skip("needs a GPU, nvidia-smi lists none")
-    return count
+    return processes.require_gpus()
 
 
 def launch(num_gpus: int, worker: str, num: int, *args: str, **variables: str) -> processes.Launch:
