@@ -75,6 +75,20 @@ def softmax(scores: Float[Array, "*rows C"], visible: Bool[Array, "*rows C"]) ->
     return jax.nn.softmax(jnp.where(visible, scores.astype(jnp.float32), -jnp.inf), axis=-1)
 
 
+def fused_implementation(dtype: jnp.dtype, head_dim: int) -> str | None:
+    """What `jax.nn.dot_product_attention` should use: cuDNN's kernel where it can run, else None.
+
+    XLA's own form keeps all S x S scores in float32: at a context of 2048 they move more bytes than
+    the experts of a layer do. cuDNN takes 16-bit floats on Ampere GPUs and later. Its gradient adds
+    up in an order that varies, unless XLA_FLAGS has --xla_gpu_exclude_nondeterministic_ops=true.
+    """
+    device = jax.devices()[0]
+    if device.platform != "gpu" or jnp.dtype(dtype).itemsize != 2 or head_dim % 8 or head_dim > 128:
+        return None
+    capability = getattr(device, "compute_capability", "0")  # "9.0"; of AMD's GPUs "gfx..."
+    return "cudnn" if capability.split(".")[0].isdigit() and float(capability) >= 8 else None
+
+
 class KVCache(NamedTuple):
     """Keys and values of one layer; slot i of a row holds its token at position i."""
 
@@ -127,7 +141,8 @@ class Attention(nnx.Module):
             pairs = zip(cache, entries, strict=True)
             cache = KVCache(*(write_slots(c, new, positions, fresh=fresh) for c, new in pairs))
         if cache is None or fresh:
-            y = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+            how = fused_implementation(query.dtype, cfg.head_dim)
+            y = jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation=how)
         else:
             y = self._attend(query, cache, positions)
         return self.out(y.reshape(*x.shape[:2], -1)), cache

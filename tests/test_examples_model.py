@@ -1,6 +1,7 @@
 """The examples' transformer: causality, the decoding cache, schedules, sampling."""
 
 import dataclasses
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from decoding import END, VOCAB_SIZE, make_model, random_tokens
 from flax import nnx
 from test_compiled import STRAY, collectives, targets
 
+import attention
 from attention import rope
 from generate import Generator, check_fits
 from model import Transformer, make_group, split_model
@@ -256,3 +258,28 @@ def test_settings_that_do_not_fit_the_devices_are_errors() -> None:
         make_group(config, make_mesh(8, 1), max_tokens=8)
     with pytest.raises(SettingsError, match=r"transport.*p2p"):
         make_group(CONFIG, make_mesh(8, 1), max_tokens=8, transport="p2p")
+
+
+@pytest.mark.parametrize(
+    "platform, capability, dtype, head_dim, wanted",
+    [
+        ("cpu", "", jnp.bfloat16, 128, None),
+        ("gpu", "9.0", jnp.bfloat16, 128, "cudnn"),
+        ("gpu", "8.0", jnp.float16, 64, "cudnn"),
+        ("gpu", "7.5", jnp.float16, 64, None),
+        ("gpu", "gfx942", jnp.bfloat16, 128, None),
+        ("gpu", "9.0", jnp.float32, 128, None),
+        ("gpu", "9.0", jnp.bfloat16, 132, None),
+    ],
+)
+def test_cudnn_attends_where_it_can(
+    monkeypatch: pytest.MonkeyPatch,
+    platform: str,
+    capability: str,
+    dtype: jnp.dtype,
+    head_dim: int,
+    wanted: str | None,
+) -> None:
+    device = types.SimpleNamespace(platform=platform, compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert attention.fused_implementation(dtype, head_dim) == wanted
