@@ -3,6 +3,7 @@
 Arguments: "kill" or "stop". Process 0 ends with 0 if all errors are as they should be.
 """
 
+import faulthandler
 import os
 import re
 import signal
@@ -21,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxmoe
 
+faulthandler.dump_traceback_later(75)  # where it hangs, if it does
 RANK = processes.join()
 TIMEOUT = 2.0
 T, K, D = 6, 2, 64
