@@ -268,24 +268,27 @@ def measure_lookup(bench: Bench, tokens: int) -> dict[str, Any]:
 
     x, ids, chosen, weights, placement = bench.on_devices(make)
 
-    def given(x: Any, slots: Any, weights: Any) -> Any:
-        return jaxmoe.dispatch(group, x, slots, weights)
+    # The clock's loop writes to each operand in every step: all take the same ones.
+    operands = (x, weights, ids, chosen, placement)
 
-    def looked_up(x: Any, ids: Any, weights: Any, placement: Any) -> Any:
+    def given(x: Any, weights: Any, ids: Any, chosen: Any, placement: Any) -> Any:
+        return jaxmoe.dispatch(group, x, chosen, weights)
+
+    def looked_up(x: Any, weights: Any, ids: Any, chosen: Any, placement: Any) -> Any:
         return jaxmoe.dispatch(group, x, look_up(ids, placement), weights)
 
-    def alone(weights: Any, ids: Any, placement: Any) -> Any:
-        # The clock's loop wants floating point first.
+    def alone(x: Any, weights: Any, ids: Any, chosen: Any, placement: Any) -> Any:
+        # The loop wants floating point first.
         return weights[:1, :1] * jnp.float32(2), look_up(ids, placement)
 
+    def nothing(x: Any, weights: Any, ids: Any, chosen: Any, placement: Any) -> Any:
+        return weights[:1, :1] * jnp.float32(2), chosen
+
+    functions = {"given": given, "looked_up": looked_up, "alone": alone, "nothing": nothing}
     times = bench.in_turn(
         {
-            "given": Operation("given", given, (x, chosen, weights), bench.mesh),
-            "looked_up": Operation(
-                "looked up", looked_up, (x, ids, weights, placement), bench.mesh
-            ),
-            "alone": Operation("alone", alone, (weights, ids, placement), bench.mesh),
-            "nothing": Operation("nothing", lambda w: w[:1, :1] * 2, (weights,), bench.mesh),
+            name: Operation(name, function, operands, bench.mesh)
+            for name, function in functions.items()
         }
     )
     us = {name: statistics.median(values) for name, values in times.items()}
@@ -298,11 +301,13 @@ def print_steps(results: dict[str, dict[str, Any]], say: Any) -> None:
     say(f"{'':10} {'ms a step':>10} {'by uniform':>11} {'busiest device / mean':>22}")
     for name, row in results.items():
         say(f"{name:10} {row['ms']:10.3f} {row['by_uniform']:11.3f} {row['busiest']:22.3f}")
-    skewed, replicas = (results[name]["by_uniform"] for name in ("skewed", "replicas"))
-    reached = skewed >= 1.4 and replicas <= 1.1
+    skewed = results["skewed"]["by_uniform"]
+    best = min(("moved", "replicas"), key=lambda name: results[name]["by_uniform"])
+    balanced = results[best]["by_uniform"]
+    reached = skewed >= 1.4 and balanced <= 1.1
     say(
         f"wanted: from at least 1.4 to at most 1.1; {'reached' if reached else 'missed'}: "
-        f"{skewed:.2f} to {replicas:.2f}"
+        f"{skewed:.2f} to {balanced:.2f} ({best})"
     )
 
 

@@ -37,8 +37,8 @@ def test_the_step_is_recorded_in_command_buffers(tmp_path: Path, num_gpus: int, 
     assert all("copies of a cache in the loop: []" in log for log in logs), logs
     targets = dict(line.split() for line in names.read_text().splitlines())
     # The first of the three layers is dense. There may be calls for the experts' products, too.
-    assert list(targets.values()).count("jaxmoe_dispatch") == 2, targets
-    assert list(targets.values()).count("jaxmoe_combine") == 2, targets
+    for operation in ("jaxmoe_dispatch", "jaxmoe_combine"):
+        assert sum(target.startswith(operation) for target in targets.values()) == 2, targets
     calls = list(targets)
     # The programs of both transports are there, and of all processes.
     programs = {

@@ -41,8 +41,16 @@ ffi::ErrorOr<RowType> TypeOf(ffi::DataType dtype) {
   }
 }
 
+// Whether XLA records this call rather than runs it.
+bool IsRecorded(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  return cudaStreamIsCapturing(stream, &status) == cudaSuccess &&
+         status == cudaStreamCaptureStatusActive;
+}
+
 // The group's member for this device, unless the group is closed or has failed.
-ffi::ErrorOr<std::shared_ptr<const Member>> MemberOf(const Config& config, int32_t device) {
+ffi::ErrorOr<std::shared_ptr<const Member>> MemberOf(const Config& config, int32_t device,
+                                                     cudaStream_t stream) {
   auto member = FindMember(config.group, device);
   if (member == nullptr) {
     return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kFailedPrecondition,
@@ -50,6 +58,8 @@ ffi::ErrorOr<std::shared_ptr<const Member>> MemberOf(const Config& config, int32
                                       "ExpertParallel alive as long as "
                                       "programs compiled with it run."));
   }
+  // XLA runs what it could not record, without a word: better that the kernels give NaN.
+  if (IsRecorded(stream)) return member;
   // Of any device of this process: its peers would wait for it in vain.
   const std::string error = RaiseGroupError(config.group);
   if (!error.empty()) return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kDeadlineExceeded, error));
@@ -82,7 +92,7 @@ ffi::Error DispatchRows(cudaStream_t stream, int32_t device, const Config& confi
                         IntsOut row_source, IntsOut choice_device, float* row_scales) {
   auto type = TypeOf(x.element_type());
   if (type.has_error()) return type.error();
-  auto member = MemberOf(config, device);
+  auto member = MemberOf(config, device, stream);
   if (member.has_error()) return member.error();
   DispatchArgs args = {};
   args.site = static_cast<uint32_t>(config.site);
@@ -127,7 +137,7 @@ ffi::Error DispatchFp8Rows(cudaStream_t stream, int32_t device, Config config, I
 
 ffi::Error LaunchSum(cudaStream_t stream, int32_t device, const Config& config, const Rows& rows,
                      const Ints& row_map, CombineArgs args) {
-  auto member = MemberOf(config, device);
+  auto member = MemberOf(config, device, stream);
   if (member.has_error()) return member.error();
   auto type = TypeOf(rows.element_type());
   if (type.has_error()) return type.error();
@@ -169,7 +179,7 @@ ffi::Error CombineGrad(cudaStream_t stream, int32_t device, Config config, Ints,
                        Ints choice_device, Ints num_rows, RowsOut d_rows,
                        WeightsOut d_row_weights) {
   static_cast<void>(row_source);
-  auto member = MemberOf(config, device);
+  auto member = MemberOf(config, device, stream);
   if (member.has_error()) return member.error();
   auto type = TypeOf(d_y.element_type());
   if (type.has_error()) return type.error();
