@@ -124,27 +124,24 @@ def _called(lines: list[str]) -> list[str]:
     return [name for line in lines for name in re.findall(pattern, line)]
 
 
-def captured(thunks: str, names: list[str]) -> tuple[list[str], list[str]]:
-    """The custom calls inside and outside of command buffers.
+def captured(thunks: str) -> tuple[list[str], list[str]]:
+    """The custom calls inside and outside of command buffers; XLA's dump does not name them.
 
-    Args:
-      thunks: XLA's dump of a program as it runs on a GPU (thunk_sequence_after_thunk_passes.txt):
-        a line for each step, "<indent><number>: k<Kind> <name>", what a step consists of indented
-        under it.
-      names: of the custom calls that count, among others.
+    thunks: XLA's dump of a program as it runs on a GPU (thunk_sequence_after_thunk_passes.txt): a
+      line for each step, "<indent><number>: k<Kind> ...", what a step consists of indented under
+      it.
     """
     inside: list[str] = []
     outside: list[str] = []
     around: list[tuple[int, str]] = []
     for line in thunks.splitlines():
-        step = re.match(r"(\s*)(?:\d+:\s+)?(k[A-Z]\w*)\b(.*)", line)
+        step = re.match(r"(\s*)(?:\d+:\s+)?(k[A-Z]\w*)\b", line)
         if step is None:
             continue
         indent, kind = len(step[1]), step[2]
         while around and around[-1][0] >= indent:
             around.pop()
-        ours = kind == "kCustomCall" and set(re.findall(r"[\w.\-]+", step[3])) & set(names)
-        if ours:
+        if kind == "kCustomCall":
             recorded = any(kind == "kCommandBuffer" for _, kind in around)
             (inside if recorded else outside).append(line.strip())
         around.append((indent, kind))

@@ -189,27 +189,25 @@ def test_a_copy_of_the_cache_would_be_seen() -> None:
     assert not cache_copies(hlo, (3, 8, 6))
 
 
-# Two steps of a loop, as XLA dumps them for a GPU.
+# A loop, as XLA dumps it for a GPU.
 THUNKS = """\
-000: kCopy           \tcopy.1
-001: kWhile          \twhile.2
-  condition:
-    002: kKernel        \tcompare
+001: kCopy         [source       | next=003 (2)] kCopy
+003: kWhile        [prev=001 (1) | next=008 (1)]
+condition:
+    004: kCustomKernel [source | sink] loop_compare_fusion grid: [1, 1, 1] threads: [1, 1, 1]
   body:
-    003: kCommandBuffer \tcommand_buffer
-      004: kKernel     \tfusion.1
-      005: kCustomCall \tdispatch.7 (jaxmoe)
-    006: kWhile         \twhile.3
-      body:
-        007: kCustomCall \tcombine.8 (jaxmoe)
-008: kCustomCall     \tother.9
+    000: kCommandBuffer [source       | next=006 (1)]
+        005: kCustomKernel [source       | next=007 (2)] wrapped_convert grid: [61, 1, 1]
+        006: kAsyncStart    [prev=005 (1) | next=007 (10)] stream=communication_stream[0]
+            007: kCustomCall [source | sink] kCustomCall
+    008: kAsyncStart   [prev=005 (1) | next=007 (10)] stream=communication_stream[0]
+        009: kCustomCall [source | sink] kCustomCall
+010: kCustomKernel [prev=003 (1) | sink        ] loop_add_fusion_6 grid: [1, 1, 1]
 """
 
 
 def test_calls_outside_of_command_buffers_would_be_seen() -> None:
     """What tests/test_gpu_decode.py looks for on GPUs."""
-    names = ["dispatch.7", "combine.8"]
-    inside, outside = captured(THUNKS, names)
-    assert [line.split(":")[0] for line in inside] == ["005"]
-    assert [line.split(":")[0] for line in outside] == ["007"]
-    assert captured(THUNKS, ["missing"]) == ([], [])
+    inside, outside = captured(THUNKS)
+    assert [line.split(":")[0] for line in inside] == ["007"]
+    assert [line.split(":")[0] for line in outside] == ["009"]

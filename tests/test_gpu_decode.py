@@ -39,16 +39,14 @@ def test_the_step_is_recorded_in_command_buffers(tmp_path: Path, num_gpus: int, 
     # The first of the three layers is dense. There may be calls for the experts' products, too.
     for operation in ("jaxmoe_dispatch", "jaxmoe_combine"):
         assert sum(target.startswith(operation) for target in targets.values()) == 2, targets
-    calls = list(targets)
-    # The programs of both transports are there, and of all processes.
+    # The programs of both transports are there; "xla" has the calls for the products alone.
     programs = {
-        path.name: captured(path.read_text(), calls)
+        path.name: captured(path.read_text())
         for path in sorted(dump.glob("*thunk_sequence_after_thunk_passes*"))
     }
     there = ", ".join(sorted(path.name for path in dump.iterdir()))
     assert programs, f"XLA made no command buffer of any program; it dumped: {there}"
-    ours = {name: found for name, found in programs.items() if found[0] or found[1]}
-    assert ours, f"none of {calls} is in: {there}"
-    for name, (inside, outside) in ours.items():
+    for name, (_, outside) in programs.items():
         assert not outside, f"{name}: not recorded: {outside}"
-        assert len(inside) == len(calls), f"{name}: {inside}"
+    counts = {name: len(inside) for name, (inside, _) in programs.items()}
+    assert max(counts.values()) == len(targets), (counts, targets)
