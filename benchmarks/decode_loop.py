@@ -7,7 +7,12 @@ Preset decode-gpu unless told otherwise: 8 MoE layers of D=2048, K=8, E=64 with 
 bfloat16 on GPUs, a batch of 64 rows per device. Weights and prompts are random, decoding is greedy
 and never stops, so that each transport does the same work; how many of the tokens are the same as
 the first transport's is printed, too. Times are of the wall clock, see examples/timing.py; each
-stage is announced and timed. The ratio is that of tokens per second to the last transport's.
+stage is announced and timed. The ratio is that of tokens per second to the last transport's; the
+floor is the time in which a copy would read the weights of a step.
+
+--profile DIR writes a trace of one call for each transport and lists the kernels of a step. XLA
+records no graphs while it is traced, so that there are gaps between these kernels, unless
+XLA_FLAGS=--xla_enable_command_buffers_during_profiling=true.
 
 On GPUs compilation is mostly XLA's search for the best Triton configuration of each matmul.
 XLA_FLAGS=--xla_gpu_enable_triton_gemm=false leaves them all to cuBLAS and shortens it.
@@ -26,6 +31,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import jax
+import kernel_times
 import numpy as np
 import values
 from flax import nnx
@@ -92,6 +98,7 @@ def parse_args() -> argparse.Namespace:
     add("--repeats", type=int, default=3, help="runs, of which the fastest counts")
     add("--devices", type=int, help="None: all there are")
     add("--json", type=Path, metavar="FILE", help="write every figure to FILE")
+    add("--profile", type=Path, metavar="DIR", help="trace one call, list the kernels of a step")
     # Sizes to use instead of the preset's.
     add("--layers", type=int, help="layers, the dense ones included")
     add("--dim", type=int, help="model width D")
@@ -119,6 +126,27 @@ def make_config(args: argparse.Namespace) -> ModelConfig:
         **given,
         context=args.prompt_length + args.steps + 1,
         capacity_factor=None,
+    )
+
+
+def weight_bytes(weights: Weights, config: ModelConfig) -> int:
+    """What a step reads of the weights on one device, if all of its experts have a token."""
+    total = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(weights[0]):
+        # Of an embedding that is not the head, too, a step reads a row for each token.
+        if config.tie_embeddings or "embed" not in jax.tree_util.keystr(path):
+            total += leaf.addressable_shards[0].data.nbytes
+    return total
+
+
+def say_floor(weights: Weights, config: ModelConfig, stages: Stages) -> None:
+    """Prints how long a step takes at least: to read its weights."""
+    on_gpu = jax.local_devices()[0].platform == "gpu"
+    speed = kernel_times.copy_bandwidth(1 << 30 if on_gpu else 1 << 26)
+    size = weight_bytes(weights, config)
+    stages.say(
+        f"floor: {size / 1e9:.3f} GB of weights a device and step, {size / speed * 1e3:.3f} ms at "
+        f"the {speed / 1e9:,.0f} GB/s of a copy"
     )
 
 
@@ -151,8 +179,25 @@ def run_transport(
     best = max(runs, key=lambda times: times.tokens_per_second)
     for line in best.describe().splitlines():
         stages.say(f"{transport}: {line}")
+    if args.profile is not None:
+        profile(generator, args.profile / transport, stages, transport)
     group.close()
     return best
+
+
+def profile(generator: Generator, directory: Path, stages: Stages, transport: str) -> None:
+    """Prints the kernels of a step, of one call once the program is recorded and warm."""
+    state, _ = generator.begin()
+    state, progress = generator.resume(state)
+    jax.block_until_ready(progress)
+
+    def run() -> None:
+        jax.block_until_ready(generator.resume(state))
+
+    found = kernel_times.trace(directory, run)
+    lines = ["no GPU in the trace"] if found is None else found.describe(generator.steps_per_call)
+    for line in lines:
+        stages.say(f"{transport}: {line}")
 
 
 def main() -> None:
@@ -170,13 +215,15 @@ def main() -> None:
     with stages("initial values"):
         first = make_group(config, mesh, max_tokens=args.batch, transport="xla")
         weights = make_weights(config, first, mesh)
+    say_floor(weights, config, stages)
     found = {t: run_transport(t, config, weights, mesh, args, stages) for t in args.transports}
     base, reference = found[args.transports[-1]], found[args.transports[0]].tokens
     for transport, times in found.items():
         same = float(np.mean(times.tokens == reference))
         ratio = times.tokens_per_second / base.tokens_per_second
         stages.say(
-            f"{transport:8} {times.tokens_per_second:10,.0f} tokens/s, {ratio:.2f} x "
+            f"{transport:8} {times.latency(50) * 1e3:.3f} ms a step, "
+            f"{times.tokens_per_second:10,.0f} tokens/s, {ratio:.2f} x "
             f"{args.transports[-1]}; {same:.1%} of the tokens as with {args.transports[0]}"
         )
     if args.json is not None and jax.process_index() == 0:
