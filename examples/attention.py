@@ -152,14 +152,15 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B S N H"]:
         """The slots' values, each read once for all queries that share it.
 
-        The caches are operands of plain products of matrices, which no backend transposes first.
+        The caches are operands of plain products of matrices, which no backend transposes first;
+        in `einsum` they come first, since it makes its second operand the left one of the product.
         """
         cfg = self.config
         rows, tokens = positions.shape
         shared = query.reshape(rows, tokens, cfg.num_kv_heads, -1, cfg.head_dim)
         shared = jnp.moveaxis(shared, 1, 3).reshape(rows, cfg.num_kv_heads, -1, cfg.head_dim)
         scores = jnp.einsum(
-            "bgmh,bgch->bgmc", shared, cache.keys, preferred_element_type=jnp.float32
+            "bgch,bgmh->bgmc", cache.keys, shared, preferred_element_type=jnp.float32
         )
         visible = visible_slots(positions, cache.keys.shape[2])[:, None]
         visible = jnp.tile(visible, (1, 1, cfg.num_heads // cfg.num_kv_heads, 1))

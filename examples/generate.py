@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +27,14 @@ Weights = tuple[nnx.State, nnx.State]
 # Caches have a multiple of so many slots: for matrix products on GPUs XLA copies others in every
 # step, to a length that is a multiple of 8.
 SLOTS = 64
+# For XLA on GPUs, where a step consists of many short kernels.
+_GPU_OPTIONS: dict[str, Any] = {
+    # In the graphs that it records, kernels wait for what they need alone: the shared experts run
+    # beside the router and the exchange.
+    "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+    # To merge products of the same tokens it would put their weights together in every step.
+    "xla_gpu_dot_merger_threshold_mb": 0,
+}
 # What a step's load counts against the next one's: an average over the last hundred or so.
 _LOAD_DECAY = 0.99
 
@@ -108,9 +117,11 @@ class Generator:
         # Fixed, so that what a call returns fits what the next one was compiled for.
         rows, everywhere = token_sharding(mesh), NamedSharding(mesh, PartitionSpec())
         placed: Any = DecodeState(everywhere, *[rows] * 4, everywhere)  # type: ignore
-        self._whole = jax.jit(self._generate, out_shardings=placed)
-        self._begin = jax.jit(self._prefill, out_shardings=(placed, everywhere))
-        self._continue = jax.jit(self._steps, out_shardings=(placed, everywhere), donate_argnums=1)
+        on_gpus = mesh.devices.flat[0].platform == "gpu"
+        jit = functools.partial(jax.jit, compiler_options=_GPU_OPTIONS if on_gpus else None)
+        self._whole = jit(self._generate, out_shardings=placed)
+        self._begin = jit(self._prefill, out_shardings=(placed, everywhere))
+        self._continue = jit(self._steps, out_shardings=(placed, everywhere), donate_argnums=1)
 
     def generate(self, num_tokens: int | None = None) -> np.ndarray:
         """int32 [number of prompts, max_new_tokens]: prefill and the whole loop in one call.

@@ -126,20 +126,22 @@ class LatentAttention(nnx.Module):
         entries: Float[Array, "B C R+P"],
         positions: Int32[Array, "B S"],
     ) -> Float[Array, "B S N H"]:
+        # `einsum` makes its second operand the left one of a product. So the products come out in
+        # the order in which they are needed: on GPUs a transpose takes as long as a product here.
         cfg = self.config
         rank, split = cfg.kv_lora_rank, (cfg.kv_lora_rank, cfg.num_heads, cfg.head_dim)
         key_up = self.key_up.kernel[...].astype(query.dtype).reshape(split)
         value_up = self.value_up.kernel[...].astype(query.dtype).reshape(split)
         still, turned = jnp.split(query, [cfg.head_dim], axis=-1)
-        absorbed = jnp.einsum("bsnh,rnh->bsnr", still, key_up)
+        absorbed = jnp.einsum("rnh,bsnh->bsnr", key_up, still)
         scores = jnp.einsum(
-            "bsnr,bcr->bnsc",
-            jnp.concatenate([absorbed, turned], axis=-1),
+            "bcr,bsnr->bnsc",
             entries,
+            jnp.concatenate([absorbed, turned], axis=-1),
             preferred_element_type=jnp.float32,
         )
         visible = visible_slots(positions, entries.shape[1])[:, None]
         weights = softmax(scores * self._scale, visible).astype(query.dtype)
         # With the turned keys, whose sums are left out then: a product of a slice would copy it.
-        mixed = jnp.einsum("bnsc,bcr->bsnr", weights, entries)[..., :rank]
+        mixed = jnp.einsum("bcr,bnsc->bsnr", entries, weights)[..., :rank]
         return jnp.einsum("bsnr,rnh->bsnh", mixed, value_up)

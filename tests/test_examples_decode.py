@@ -283,7 +283,9 @@ def test_the_benchmark_of_the_loop_runs(tmp_path: Path) -> None:
     """Two transports, the same tokens; each stage has a line."""
     more = ("--batch", 2, "--steps-per-call", 2, "--repeats", 1, "--prompt-length", 3)
     output = run(BENCHMARKS / "decode_loop.py", *SIZES, *more, *TRANSPORTS, cache=tmp_path)
-    assert re.search(r"cpu +[\d,]+ tokens/s, \d+\.\d\d x xla; 100.0% of the tokens", output)
+    speed = r"[\d.]+ ms a step, +[\d,]+ tokens/s, \d+\.\d\d x xla; 100.0% of the tokens"
+    assert re.search(rf"cpu +{speed}", output)
+    assert re.search(r"floor: [\d.]+ GB of weights a device and step, [\d.]+ ms", output)
     assert "cpu: compile the steps: " in output
 
 
