@@ -248,7 +248,9 @@ def _local_layer(
     )
     y = combine(group, expert_rows, row_weights, plan, site=config.site)
     if config.num_shared_experts:
-        y = y + swiglu(tokens, weight["shared_gate"], weight["shared_up"], weight["shared_down"])
+        shared = swiglu(tokens, weight["shared_gate"], weight["shared_up"], weight["shared_down"])
+        # Apart, or XLA makes it one product with the sum, which waits for the exchange.
+        y = y + jax.lax.optimization_barrier(shared)
     stats = _statistics(config, routing, ids, slots, plan)
     return y.reshape(x.shape).astype(x.dtype), stats
 

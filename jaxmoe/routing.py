@@ -114,13 +114,13 @@ def route(
     active = jnp.any(logits != -jnp.inf, axis=-1)
     if mask is not None:
         active &= mask
-    # Replaced before any computation, so that whatever stands in them cannot reach a gradient.
-    logits = jnp.where(active[..., None], logits, 0.0)
     if config.jitter:
         logits *= _jitter_factors(logits.shape, config.jitter, key)
-    broken = jnp.any(jnp.isnan(logits) | (logits == jnp.inf), axis=-1, keepdims=True)
+    broken = active & jnp.any(jnp.isnan(logits) | (logits == jnp.inf), axis=-1)
+    # Whatever stands in a token that does not count cannot reach a gradient.
+    logits = jnp.where(active[..., None], logits, 0.0)
     # The sum also makes -0.0 a 0.0; top_k would rank it lower, and the two must tie.
-    logits = _apart(logits + jnp.where(broken, jnp.nan, 0.0))
+    logits = _apart(logits + jnp.where(broken, jnp.nan, 0.0)[..., None])
     log_scores = _apart(_log_scores(logits, config))
 
     values, expert_ids, chosen = _select(logits, top_k, config, bias, locality)
@@ -196,13 +196,19 @@ def _jitter_factors(shape: tuple[int, ...], jitter: float, key: jax.Array | None
     return jax.random.uniform(key, shape, jnp.float32, 1.0 - jitter, 1.0 + jitter)
 
 
+@jax.custom_jvp
 def _apart(values: Array) -> Array:
-    """The values, which XLA computes before what uses them, and whole; likewise their gradient.
+    """The values; with a gradient XLA computes them, and it, before what uses them, and whole.
 
     It would fuse all of the router and its gradient: sums within sums for every element, which on
-    GPUs takes minutes to compile.
+    GPUs takes minutes to compile. Without a gradient it may: each kernel less counts in decoding.
     """
-    return lax.optimization_barrier(values)
+    return values
+
+
+@_apart.defjvp
+def _apart_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return lax.optimization_barrier(primals[0]), lax.optimization_barrier(tangents[0])
 
 
 def _log_scores(logits: Array, config: RouterConfig) -> Array:
@@ -224,8 +230,10 @@ def _weights(
     """The weights of the chosen experts, [..., K], before the scale; of others anything finite."""
     if config.normalize or (config.topk_first and config.score == "softmax"):
         log_scores = jnp.take_along_axis(log_scores, expert_ids, axis=-1)
-        # A softmax over nothing would be NaN, and with it the gradient of what is not used.
-        kept = chosen | ~jnp.any(chosen, axis=-1, keepdims=True)
+        # A softmax over nothing would be NaN, and with it the gradient of what is not used. Where
+        # none was refused, a token without a first choice has none.
+        refused = config.expert_capacity_factor is not None
+        kept = chosen | ~(jnp.any(chosen, -1, keepdims=True) if refused else chosen[..., :1])
         return _apart(jax.nn.softmax(jnp.where(kept, log_scores, -jnp.inf)))
     return jnp.take_along_axis(_scores(logits, config), expert_ids, axis=-1)
 
