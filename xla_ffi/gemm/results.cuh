@@ -98,41 +98,46 @@ __device__ __forceinline__ uint32_t Swiglu(uint32_t gate, uint32_t up) {
 }
 
 // The first warpgroup holds x gate and the second x up, rounded, of the same features. Each gives
-// the other half of its columns, and writes the result for the half that it then has of both.
+// the other half of its columns, and writes the result for the half that it then has of both: of
+// those columns that are rows of the tile.
 __device__ __forceinline__ void WriteSwiglu(const Shared& shared, const Place& place,
                                             uint32_t (&packed)[kPacked], const Tile& tile,
                                             __nv_bfloat16* y, int feature, int width) {
   const bool first = place.group == 0;
+  const int low_rows = min(tile.rows, kOutRows), high_rows = tile.rows - low_rows;
+  const int given_rows = first ? high_rows : low_rows, own_rows = first ? low_rows : high_rows;
   const uint32_t given = shared.out + place.group * kOutBytes + place.thread * 16;
   const uint32_t taken = shared.out + (1 - place.group) * kOutBytes + place.thread * 16;
   static_assert(kPackedHalf * 4 * 128 == kOutBytes);
   place.SyncGroup();  // the results before have left
 #pragma unroll
-  for (int i = 0; i < kPackedHalf; i += 4) {
-    const uint32_t* low = packed + i;
-    const uint32_t* high = packed + kPackedHalf + i;
+  for (int j = 0; j < kOutRows / 16; ++j) {
+    if (16 * j >= given_rows) break;
+    const uint32_t* low = packed + kPackedStep * j;
+    const uint32_t* high = packed + kPackedHalf + kPackedStep * j;
     const uint4 v = {first ? high[0] : low[0], first ? high[1] : low[1], first ? high[2] : low[2],
                      first ? high[3] : low[3]};
-    WriteShared(given + i / 4 * 2048, v);
+    WriteShared(given + j * 2048, v);
   }
   SyncMultipliers();
   uint32_t result[kPackedHalf];
 #pragma unroll
-  for (int i = 0; i < kPackedHalf; i += 4) {
-    const uint4 v = ReadShared(taken + i / 4 * 2048);
-    const uint32_t other[4] = {v.x, v.y, v.z, v.w};
+  for (int j = 0; j < kOutRows / 16; ++j) {
+    if (16 * j >= own_rows) break;
+    const uint4 v = ReadShared(taken + j * 2048);
+    const uint32_t other[kPackedStep] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const uint32_t own = first ? packed[i + k] : packed[kPackedHalf + i + k];
-      result[i + k] = first ? Swiglu(own, other[k]) : Swiglu(other[k], own);
+    for (int k = 0; k < kPackedStep; ++k) {
+      const int i = kPackedStep * j + k;
+      const uint32_t own = first ? packed[i] : packed[kPackedHalf + i];
+      result[i] = first ? Swiglu(own, other[k]) : Swiglu(other[k], own);
     }
   }
   SyncMultipliers();  // before the place is used for the result
-  const int skipped = place.group * kOutRows;
-  if (tile.rows <= skipped) return;
-  y += static_cast<int64_t>(tile.row + skipped) * width + feature;
-  WriteTokens<kOutRows>(shared.out + place.group * kOutBytes, place, result,
-                        min(tile.rows - skipped, kOutRows), y, width, width - feature);
+  if (own_rows == 0) return;
+  y += static_cast<int64_t>(tile.row + place.group * kOutRows) * width + feature;
+  WriteTokens<kOutRows>(shared.out + place.group * kOutBytes, place, result, own_rows, y, width,
+                        width - feature);
 }
 
 // Writes 64 rows and kMaxColumns columns of a weight's gradient, a block of columns at a time. The
