@@ -15,7 +15,8 @@ records no graphs while it is traced, so that there are gaps between these kerne
 XLA_FLAGS=--xla_enable_command_buffers_during_profiling=true.
 
 On GPUs compilation is mostly XLA's search for the best Triton configuration of each matmul.
-XLA_FLAGS=--xla_gpu_enable_triton_gemm=false leaves them all to cuBLAS and shortens it.
+XLA_FLAGS=--xla_gpu_enable_triton_gemm=false leaves them all to cuBLAS and shortens it; a step takes
+7% longer then (two H200, jax 0.11.2).
 JAX_COMPILATION_CACHE_DIR keeps compiled programs for the next run.
 """
 

@@ -30,7 +30,7 @@ SLOTS = 64
 # For XLA on GPUs, where a step consists of many short kernels.
 _GPU_OPTIONS: dict[str, Any] = {
     # In the graphs that it records, kernels wait for what they need alone: the shared experts run
-    # beside the router and the exchange.
+    # beside the router and the exchange. Calls that exchange must then depend on each other.
     "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
     # To merge products of the same tokens it would put their weights together in every step.
     "xla_gpu_dot_merger_threshold_mb": 0,
