@@ -158,7 +158,10 @@ def _plain(record: Any) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    """Whole or not at all: a run that is killed leaves what was there before."""
+    temporary = path.with_name(f"{path.name}.new")
+    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    temporary.replace(path)
 
 
 def plot(path: Path, reports: list[ShapeReport]) -> None:

@@ -153,9 +153,9 @@ def _measure(args: argparse.Namespace) -> int:
     for shape in shapes:
         reports.append(_one_shape(mesh, shape, settings, limits, first))
         say("\n".join(report.table(reports[-1])))
-    if first and args.json:
-        options = {name: _plain(value) for name, value in vars(args).items() if name != "run"}
-        report.write_json(args.json, report.as_json(reports, limits, options, mesh.size))
+        if first and args.json:  # what is there outlives a run that is cut short
+            options = {name: _plain(value) for name, value in vars(args).items() if name != "run"}
+            report.write_json(args.json, report.as_json(reports, limits, options, mesh.size))
     if first and args.plot:
         report.plot(args.plot, reports)
     return 0 if all(r.own_is_right() for r in reports) else 1
