@@ -73,7 +73,7 @@ SIZES = {
 }
 FEW_SMS = 24  # what is left to the exchange beside a computation, as in DeepEP's tables
 # Autotuning of each matrix product takes longer than all the rest.
-_DECODE_FLAGS = (("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=false"),)
+_CUBLAS = (("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=false"),)
 _EXCHANGE_SECONDS = 9.0  # start of a process, all its GPUs and NCCL
 _SHAPE_SECONDS = 4.5  # the reference and what it is compared with
 _PROGRAM_SECONDS = 0.8
@@ -158,7 +158,10 @@ def _exchanges(sizes: Sizes, every: tuple[int, ...]) -> list[Step]:
 
 
 def _fewer_devices(sizes: Sizes, n: int) -> Step:
-    """Half as many devices, a quarter and so on, on GPUs of their own; the last two in turn."""
+    """Half as many devices, a quarter and so on, on GPUs of their own; the last two in turn.
+
+    On a pair of GPUs that is left the step of a layer with skewed routing.
+    """
     lanes, first, count = [], 0, n // 2
     while count >= 1:
         counts = [count, 1] if count == 2 else [count]
@@ -174,6 +177,11 @@ def _fewer_devices(sizes: Sizes, n: int) -> Step:
             )
         lanes.append(tuple(parts))
         first, count = first + count, 0 if counts[-1] == 1 else count // 2
+    if sizes is SIZES["gpu"] and n >= 4:
+        gpus, name = (n - 2, n - 1), "ep2-skewed"
+        skewed = ("benchmarks/skewed_step.py", "--devices", "2", "--transport", "p2p")
+        skewed = (*skewed, "--json", f"{name}.json")
+        lanes.append((Part(name, skewed, gpus, 50, 6, _CUBLAS),))
     return tuple(lanes)
 
 
@@ -214,7 +222,7 @@ def _programs(sizes: Sizes, n: int, platform: str) -> list[Step]:
     end = (*sizes.decode, "--json", f"ep{n}-decode.json")
     steps: list[Step] = [
         ((Part(f"ep{n}-layer", layer, every, 90, 5),),),
-        ((Part(f"ep{n}-decode", (*decode, own, "xla", *end), every, 45, 5, _DECODE_FLAGS),),),
+        ((Part(f"ep{n}-decode", (*decode, own, "xla", *end), every, 45, 5, _CUBLAS),),),
     ]
     if platform == "gpu" and n > 1:
         shape = exchange(

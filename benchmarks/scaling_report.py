@@ -13,7 +13,7 @@ BASELINES = ("xla", "allgather", "ragged", "ragged-nccl")
 _OPERATIONS = ("dispatch", "combine", "dispatch_grad", "combine_grad", "pair")
 _CURVES = ("dispatch", "combine")
 _DPI = 120
-_PROGRESS = re.compile(r"^[WEI]\d{4} |\(\d+/\d+\)$")
+_PROGRESS = re.compile(r"^[WEI]\d{4} |\(\d+/\d+\)$| \.\.\.$")
 
 
 def collect(out: Path, parts: Sequence[Row]) -> Row:
@@ -135,9 +135,9 @@ def _cells(rows: list[Row], operation: str) -> str:
 
 
 def _logged(out: Path, results: Row) -> list[str]:
-    """What the benchmark of the layer has printed, without its progress."""
+    """What the benchmarks of the layer have printed, without their progress."""
     parts = [part["name"] for part in results["parts"] if part["status"] == "ok"]
-    logs = [out / f"{name}.log" for name in parts if name.endswith("-layer")]
+    logs = [out / f"{name}.log" for name in parts if name.endswith(("-layer", "-skewed"))]
     lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()]
     return [line.rstrip() for line in lines if not _PROGRESS.search(line)]
 

@@ -53,12 +53,13 @@ class Sizes:
     lookup_redundant: int
     lookup_top_k: int
     calls: int
+    lookup_calls: int
     rounds: int
 
 
 SIZES = {
-    "cpu": Sizes(2048, 128, 512, 32, 16, 2, 2.0, "float32", 256, 256, 32, 8, 2, 9),
-    "gpu": Sizes(4096, 2048, 1024, 64, 4, 8, 1.5, "bfloat16", 7168, 256, 32, 8, 10, 9),
+    "cpu": Sizes(2048, 128, 512, 32, 16, 2, 2.0, "float32", 256, 256, 32, 8, 2, 2, 9),
+    "gpu": Sizes(8192, 2048, 1024, 64, 4, 8, 1.5, "bfloat16", 7168, 256, 32, 8, 10, 100, 9),
 }
 SCENARIOS = ("uniform", "skewed", "moved", "replicas")
 
@@ -104,11 +105,10 @@ class Bench:
         devices = jnp.arange(self.num_devices, dtype=jnp.int32)
         return jax.jit(lambda: everywhere(devices), out_shardings=sharding)()
 
-    def in_turn(self, operations: dict[str, Any]) -> dict[str, list[float]]:
-        """Microseconds of a call of each operation, round by round."""
+    def in_turn(self, operations: dict[str, Any], calls: int) -> dict[str, list[float]]:
+        """Microseconds of a call of each operation, of `calls` in a run, round by round."""
         from jaxmoe.bench import clocks
 
-        calls = self.sizes.calls
         programs = {}
         for name, operation in operations.items():
             programs[name] = clocks.compile_loop(operation, calls)
@@ -228,7 +228,8 @@ def measure_steps(bench: Bench, forward: bool) -> dict[str, dict[str, Any]]:
         ).max()
         if not apart <= allowed:
             raise SystemExit(f"skewed_step: {name} is off by {apart}, {allowed} is allowed.")
-    for name, us in bench.in_turn({name: op for name, (op, _) in made.items()}).items():
+    operations = {name: operation for name, (operation, _) in made.items()}
+    for name, us in bench.in_turn(operations, bench.sizes.calls).items():
         results[name] |= {"ms": statistics.median(us) / 1e3, "all_ms": [t / 1e3 for t in us]}
     for row in results.values():
         ratios = np.divide(row["all_ms"], results["uniform"]["all_ms"])
@@ -289,7 +290,8 @@ def measure_lookup(bench: Bench, tokens: int) -> dict[str, Any]:
         {
             name: Operation(name, function, operands, bench.mesh)
             for name, function in functions.items()
-        }
+        },
+        s.lookup_calls,
     )
     us = {name: statistics.median(values) for name, values in times.items()}
     pairs = zip(times["looked_up"], times["given"], strict=True)
