@@ -103,31 +103,36 @@ def make_steps(num_devices: int, platform: str, full: bool = False) -> list[Step
       full: the whole table, with all sizes for all shapes; it takes longer than ten minutes.
     """
     sizes, every = SIZES[platform], tuple(range(num_devices))
-    steps = [_tests(num_devices)] if platform == "gpu" else []
+    steps = _tests(num_devices) if platform == "gpu" else []
     steps += _exchanges(sizes, every) + _programs(sizes, num_devices, platform)
     if full:
         steps += _whole_table(sizes, every, platform)
     return sorted(steps, key=lambda step: min(p.importance for lane in step for p in lane))
 
 
-def _tests(n: int) -> Step:
-    """Side by side: most of their time they compile."""
-    workers = ("-n", "4") if importlib.util.find_spec("xdist") else ()
+def _tests(n: int) -> list[Step]:
+    """Tests side by side mostly compile; too many of them would keep one another from the GPUs."""
+    has_workers = importlib.util.find_spec("xdist") is not None
     pytest = ("-m", "pytest", "-q", "-p", "no:benchmark", "-p", "no:cacheprovider", "--tb=short")
-    memory = ("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    lanes: list[Lane] = []
 
-    def add(name: str, num: int, seconds: float, *arguments: str) -> None:
-        variables = (memory, ("JAXMOE_REQUIRE_GPUS", str(num)), ("JAXMOE_TEST_SECONDS", "90"))
-        command = (*pytest, *arguments)
-        lanes.append((Part(name, command, tuple(range(n)), seconds, 1, variables, True),))
+    def lane(name: str, num: int, importance: int, workers: int, *arguments: str) -> Lane:
+        variables = (
+            ("XLA_PYTHON_CLIENT_PREALLOCATE", "false"),
+            ("JAXMOE_REQUIRE_GPUS", str(num)),
+            ("JAXMOE_TEST_SECONDS", "90"),
+        )
+        side_by_side = ("-n", str(workers)) if has_workers and workers > 1 else ()
+        command = (*pytest, *arguments, *side_by_side)
+        seconds = 25 + 120 / (workers if has_workers else 1) if workers > 1 else 25
+        return (Part(name, command, tuple(range(n)), seconds, importance, variables, True),)
 
-    for num in sorted({m for m in (4, n) if 2 <= m <= n}, reverse=True):
-        add(f"test-ep{num}", num, 55, "tests/test_gpu.py", *workers)
+    first = [lane("test-balance", n, 1, 1, "tests/test_gpu_balance.py")]
+    if n > 1:
+        first.insert(0, lane(f"test-ep{n}", n, 1, 5, "tests/test_gpu.py"))
+    later = [lane("test-ep4", 4, 5, 3, "tests/test_gpu.py")] if n > 4 else []
     processes = ("tests/test_gpu_processes.py", "-k", "exchanges and (EP4 or EP8)")
-    add("test-processes", min(n, 4), 55, *processes, *workers)
-    add("test-balance", n, 25, "tests/test_gpu_balance.py")
-    return tuple(lanes)
+    later.append(lane("test-processes", min(n, 4), 5, 3, *processes))
+    return [tuple(first), tuple(later)]
 
 
 def _exchanges(sizes: Sizes, every: tuple[int, ...]) -> list[Step]:
