@@ -7,13 +7,17 @@ from collections import Counter
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import Mesh, PartitionSpec
 from placements import random_placement, slots_of
 
+from jaxmoe import balance
 from jaxmoe.balance import Placement, choose_replicas, contiguous, locality_of, near_replicas
+from jaxmoe.balance import choice as choice_module
 
 NUM_DEVICES, NUM_TOKENS, TOP_K = 8, 12, 3
 
@@ -151,3 +155,47 @@ def test_bad_numbers_of_devices():
     with pytest.raises(ValueError, match=r"num_devices \(4\) must be divisible by devices_per_node "
                        r"\(3\). Use None"):  # fmt: skip
         near_replicas(contiguous(8), 0, num_devices=4, devices_per_node=3)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4, 6])
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_gradients_of_replicas_are_their_sum(
+    num_devices: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Also of two on one device, and however many experts are summed at a time. An infinite
+    gradient stays with its expert, empty slots keep theirs.
+    """
+    num_experts, num_slots, shapes = 6, 16, {"a": (3, 2), "b": (5,)}
+    monkeypatch.setattr(choice_module, "_TIED_BYTES", at_once * 4 * (3 * 2 + 5))
+    rng = np.random.default_rng(at_once)
+    mesh = Mesh(np.array(jax.devices()[:num_devices]), ("expert",))
+    spec = PartitionSpec("expert")
+
+    def gradients(outer: Any, placement: balance.Placement) -> Any:
+        def inner(weights: Any) -> Any:
+            rank = jax.lax.axis_index("expert")
+            tied = balance.tie_replicas(weights, placement, rank, ("expert",))
+            return jax.tree.map(jnp.multiply, tied, outer)
+
+        weights = jax.tree.map(jnp.zeros_like, outer)
+        value, pull = jax.vjp(inner, weights)
+        return pull(jax.tree.map(jnp.ones_like, value))[0]
+
+    program = jax.jit(
+        jax.shard_map(gradients, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec)
+    )
+    for num_empty in (0, 0, 0, 3):
+        placement = random_placement(rng, num_experts, num_slots, num_empty)
+        held = placement.slot_experts
+        outer = {
+            name: rng.integers(-99, 99, (num_slots, *shape)).astype(np.float32)
+            for name, shape in shapes.items()
+        }
+        outer["b"][held == 2, 1] = np.inf
+        got = program(outer, placement)
+        for name, array in outer.items():
+            want = array.copy()
+            for expert in range(num_experts):
+                want[held == expert] = array[held == expert].sum(0)
+            np.testing.assert_array_equal(got[name], want)
+    assert program._cache_size() == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from jaxmoe.balance.placement import Placement, slots_per_device
 from jaxmoe.routing import Locality
 
 I32, F32 = jnp.int32, jnp.float32
+_TIED_BYTES = 1 << 28
 
 
 class NearReplicas(NamedTuple):
@@ -160,8 +162,9 @@ def tie_replicas(
     """The weights, with gradients that are the sum over all replicas of an expert.
 
     Replicas with equal weights and equal gradients stay equal, and each gets the gradient that the
-    one expert would have without replication. Memory beyond the gradients is that of one expert; on
-    the wire each replicated expert is summed over the whole axis. Empty slots get what they get: 0.
+    one expert would have without replication. Memory beyond the gradients is that of a few experts
+    in float32, `_TIED_BYTES` for the sums or one expert's if that is more; on the wire each
+    replicated expert is summed over the whole axis. Empty slots get what they get: 0.
 
     Args:
       weights: a pytree of this device's arrays [L, ...], one row per slot.
@@ -172,7 +175,8 @@ def tie_replicas(
     if placement.num_slots == placement.num_experts:
         return weights  # every expert has one slot
     leaves, treedef = jax.tree.flatten(weights)
-    tied = _tie(axis, leaves, placement.expert_slots, placement.counts, jnp.asarray(rank, I32))
+    held, counts = (jnp.asarray(a, I32) for a in (placement.slot_experts, placement.counts))
+    tied = _tie(axis, leaves, held, counts, jnp.asarray(rank, I32))
     return jax.tree.unflatten(treedef, tied)
 
 
@@ -181,46 +185,80 @@ def tie_replicas(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tie(axis: tuple[str, ...], leaves: Any, table: Any, counts: Any, rank: Any) -> Any:
+def _tie(axis: tuple[str, ...], leaves: Any, held: Any, counts: Any, rank: Any) -> Any:
     return leaves
 
 
-def _tie_fwd(axis: tuple[str, ...], leaves: Any, table: Any, counts: Any, rank: Any) -> Any:
-    return leaves, (table, counts, rank)
+def _tie_fwd(axis: tuple[str, ...], leaves: Any, held: Any, counts: Any, rank: Any) -> Any:
+    return leaves, (held, counts, rank)
 
 
 def _tie_bwd(axis: tuple[str, ...], residuals: Any, grads: Any) -> Any:
-    table, counts, rank = residuals
-    num_local = grads[0].shape[0]
-    replicated = jnp.argsort(counts < 2, stable=True)  # experts with replicas come first
-    mine = (table >= 0) & (table // I32(num_local) == rank)
-    first, num = jnp.argmax(mine, -1), jnp.sum(mine, -1, dtype=I32)
+    held, counts, rank = residuals
+    num_local, num_experts = grads[0].shape[0], counts.shape[0]
+    num_extra = held.shape[0] - num_experts
+    most = min(num_experts, num_extra)  # experts that can have replicas
+    batch = _experts_at_once(grads, most)
+    # Those that have come first; the last batch may reach beyond the end, where no expert is.
+    order = jnp.argsort(counts < 2, stable=True)[:most].astype(I32)
+    order = jnp.pad(order, (0, batch), constant_values=num_experts)
+    mine = lax.dynamic_slice_in_dim(held, rank * I32(num_local), num_local)
+    # Slots of this device that a batch can have: one per expert, and those beyond.
+    most_slots = min(num_local, batch + num_extra)
 
-    def slot(expert: Any, nth: Any) -> Any:
-        return table[expert, first[expert] + nth] % I32(num_local)
-
-    def step(carry: Any) -> Any:
-        i, grads = carry
-        expert = replicated[i]
-
-        def add(nth: Any, sums: Any) -> Any:
-            where = slot(expert, nth)
-            return [s + g[where].astype(s.dtype) for s, g in zip(sums, grads, strict=True)]
-
-        def put(nth: Any, grads: Any) -> Any:
-            where = slot(expert, nth)
-            return [g.at[where].set(t) for g, t in zip(grads, totals, strict=True)]
-
-        zeros = [jnp.zeros(g.shape[1:], F32) for g in grads]
-        sums = lax.fori_loop(0, num[expert], add, _like(zeros, grads))
+    def tie(begin: Any, grads: Any) -> Any:
+        in_slot = lax.dynamic_slice_in_dim(order, begin, batch)[:, None] == mine  # [batch, L]
+        sums = _sum_here(in_slot, grads)
         totals = [t.astype(g.dtype) for t, g in zip(_psum(sums, axis), grads, strict=True)]
         totals = _like(totals, grads)
-        return i + 1, lax.fori_loop(0, num[expert], put, grads)
+        is_tied = jnp.any(in_slot, 0)
+        slots = jnp.argsort(~is_tied, stable=True)[:most_slots].astype(I32)
+        nowhere = num_local + jnp.arange(most_slots, dtype=I32)
+        put = jnp.where(is_tied[slots], slots, nowhere)
+        expert = jnp.argmax(in_slot, 0)[slots]
+        return [
+            g.at[put].set(t[expert], mode="drop", unique_indices=True)
+            for g, t in zip(grads, totals, strict=True)
+        ]
 
+    if batch == most:
+        return tie(I32(0), grads), None, None, None
     num_replicated = jnp.sum(counts > 1, dtype=I32)
     # Only the number of steps is common to all devices: they meet in each.
-    _, grads = lax.while_loop(lambda c: c[0] < num_replicated, step, (I32(0), grads))
+    _, grads = lax.while_loop(
+        lambda c: c[0] < num_replicated, lambda c: (c[0] + I32(batch), tie(*c)), (I32(0), grads)
+    )
     return grads, None, None, None
+
+
+def _experts_at_once(grads: Any, most: int) -> int:
+    """As many as fit in `_TIED_BYTES`, but one at least: a step of a loop on a GPU has the host
+    wait for it, and small collectives take long for their bytes.
+    """
+    expert_bytes = sum(4 * math.prod(g.shape[1:]) for g in grads)
+    return max(1, min(most, _TIED_BYTES // max(expert_bytes, 1)))
+
+
+def _sum_here(in_slot: Any, grads: Any) -> Any:
+    """float32 sums [batch, ...] of the gradients of this device's slots, `in_slot` [batch, L]."""
+    nth = jnp.cumsum(in_slot, axis=1, dtype=I32)
+
+    def rows(n: Any) -> list[Array]:
+        """The n-th replica of each expert here, zeros where there is none."""
+        found = in_slot & (nth == n)
+        any_found, slot = jnp.any(found, 1), jnp.argmax(found, 1)
+
+        def take(g: Any) -> Any:
+            row = g[slot].astype(F32)
+            return jnp.where(any_found.reshape(-1, *(1,) * (g.ndim - 1)), row, F32(0))
+
+        return [take(g) for g in grads]
+
+    def add(n: Any, sums: Any) -> Any:
+        return [s + r for s, r in zip(sums, rows(n), strict=True)]
+
+    # Placements with `distinct` have one at most.
+    return lax.fori_loop(I32(2), jnp.max(nth) + 1, add, _like(rows(I32(1)), grads))
 
 
 _tie.defvjp(_tie_fwd, _tie_bwd)
