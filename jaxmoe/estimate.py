@@ -139,7 +139,7 @@ class Estimate:
 
 # Layout constants of xla_ffi/cuda/layout.h; a test compiles it and compares.
 _CHUNK_TOKENS, _META_PARTS, _MAX_BLOCKS, _CHUNK_SLOTS, _CONTROL_BYTES = 4, 16, 160, 8, 4096
-_BATCH_VECTORS, _IDS_PER_VECTOR = 32, 5
+_BATCH_VECTORS, _BATCH_NUMBERS, _BATCH_SCALES, _IDS_PER_VECTOR = 32, 512, 4, 5
 # Bytes of a choice's id and weight, and of a parameter in training: float32 weights, gradient and
 # two moments of AdamW.
 _CHOICE_BYTES, _TRAINED_BYTES = 8, 16
@@ -188,7 +188,10 @@ def heap_bytes(
     staged = _align(_CHUNK_TOKENS * (row_bytes + 4 * top_k))
     id_vectors = -(-latency_tokens * top_k // _IDS_PER_VECTOR)
     marks = -(-row_bytes // (16 * _BATCH_VECTORS))
-    wire_row = -(-(row_bytes + 8 * marks + 8 * top_k) // 128) * 128
+    numbers, lanes = row_bytes // 2, row_bytes // 2 % _BATCH_NUMBERS // 8
+    in_fp8 = 16 * _BATCH_VECTORS * (numbers // _BATCH_NUMBERS) + 16 * min(lanes, _BATCH_VECTORS)
+    in_fp8 += 8 * (1 + _BATCH_SCALES) * -(-numbers // _BATCH_NUMBERS)
+    wire_row = -(-(max(row_bytes + 8 * marks, in_fp8) + 8 * top_k) // 128) * 128
     regions = (
         _CONTROL_BYTES,
         2 * num_devices * 8,

@@ -82,9 +82,8 @@ class ExpertParallel:
       mode: which kernels a GPU runs. "throughput": those for many tokens, as in training and
         prefill; "low_latency": those for few, as in decode, in which data crosses the wire once
         and nothing waits for a barrier; "auto": by the number of tokens of a call, the latter for
-        up to `group.latency_tokens`. Results are the same to the bit. Gradients, a
-        dispatch with an FP8 wire, other transports and groups that need NVSHMEM's puts have one
-        kind for all sizes.
+        up to `group.latency_tokens`. Results are the same to the bit. Gradients, other transports
+        and groups that need NVSHMEM's puts have one kind for all sizes.
       num_sms: most multiprocessors that a GPU kernel occupies; None for all. Only on GPUs.
       timeout: seconds that a device waits for its peers before the call fails with an error that
         names them.

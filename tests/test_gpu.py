@@ -83,13 +83,15 @@ def test_floats_give_the_same_bits(case: Case, mode: str):
     np.testing.assert_array_equal(got["y"][0], y)  # in the documented order
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("fp8_rows", [False, True])
 @pytest.mark.parametrize("case", WIRE_CASES, ids=str)
-def test_an_fp8_wire_carries_all_numbers(case: Case, fp8_rows: bool):
+def test_an_fp8_wire_carries_all_numbers(case: Case, fp8_rows: bool, mode: str):
     """Of all magnitudes, NaN and infinities; rows in FP8 have their scales."""
     config = dataclasses.replace(on_gpus(case.config), fp8_rows=fp8_rows)
     inputs = float_inputs(case, config)
-    (got, plan), (want, _) = (dispatched(config, t, inputs) for t in ("p2p", "xla"))
+    got, plan = dispatched(config, "p2p", inputs, mode)
+    want, _ = dispatched(config, "xla", inputs)
     assert plan.num_rows.sum() > 0
     if fp8_rows:
         assert_same_bits(got.values, want.values, "values")
@@ -101,8 +103,8 @@ def test_an_fp8_wire_carries_all_numbers(case: Case, fp8_rows: bool):
 @pytest.mark.parametrize("num_sms", [2, 24])
 @pytest.mark.parametrize(
     "wire_dtype, mode",
-    [(None, "low_latency"), (None, "throughput"), (jnp.float8_e4m3fn, "auto")],
-    ids=["low_latency", "throughput", "fp8"],
+    [(dtype, mode) for dtype in (None, jnp.float8_e4m3fn) for mode in MODES],
+    ids=["low_latency", "throughput", "fp8-low_latency", "fp8-throughput"],
 )
 def test_fewer_multiprocessors_give_the_same_bits(num_sms: int, wire_dtype: object, mode: str):
     mesh = jax.make_mesh((GPUS,), ("expert",))
@@ -176,11 +178,14 @@ def test_auto_picks_the_kernels():
     assert (group.transport, group.latency_tokens) == ("p2p", 8)
 
 
+@pytest.mark.parametrize("wire_dtype", [None, jnp.float8_e4m3fn], ids=["plain", "fp8"])
 @pytest.mark.parametrize("num_tokens", [1, 64])
-def test_both_kinds_of_kernels_give_the_same_bits(num_tokens: int):
+def test_both_kinds_of_kernels_give_the_same_bits(num_tokens: int, wire_dtype: object):
     """Random bits: NaN, infinities and zeros of both signs."""
     mesh = jax.make_mesh((GPUS,), ("expert",))
     sizes = {"num_experts": 16, "top_k": 4, "dim": 1032, "max_tokens": 64, "timeout": 20}
+    if wire_dtype is not None:
+        sizes |= {"dim": 1040, "wire_dtype": wire_dtype}
     results = []
     for mode in MODES:
         group = jaxmoe.ExpertParallel(mesh, **sizes, transport="p2p", mode=mode)

@@ -27,8 +27,8 @@ WIRE_CASES = [c for c in CASES if c.config.wire is not None]
 
 
 @functools.cache
-def dispatch_program(config: Config, transport: str) -> Any:
-    group = exchange.make_group(config, transport)
+def dispatch_program(config: Config, transport: str, mode: str = "auto") -> Any:
+    group = exchange.make_group(config, transport, mode)
 
     def body(x: Any, ids: Any, weights: Any) -> Any:
         rows, _, plan = jaxmoe.dispatch(group, x, ids, weights)
@@ -37,9 +37,11 @@ def dispatch_program(config: Config, transport: str) -> Any:
     return jax.jit(exchange.on_devices(config, body))
 
 
-def dispatched(config: Config, transport: str, inputs: exchange.Arrays) -> Any:
+def dispatched(
+    config: Config, transport: str, inputs: exchange.Arrays, mode: str = "auto"
+) -> Any:
     placed = [exchange.place(config, inputs[name]) for name in ("x", "ids", "weights")]
-    return exchange.fetch(config, dispatch_program(config, transport)(*placed))
+    return exchange.fetch(config, dispatch_program(config, transport, mode)(*placed))
 
 
 def float_inputs(case: Case, config: Config) -> exchange.Arrays:

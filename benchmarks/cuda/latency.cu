@@ -2,26 +2,38 @@
 //
 //   cd xla_ffi/cuda; nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -I../.. -o latency
 //     ../../benchmarks/cuda/latency.cu groups.cc *dispatch.cu *combine.cu
-//   ./latency [--check | --time] [--quick] [--sms N] [--shape T,D,K,E]
+//   ./latency [--check | --time] [--fp8] [--quick] [--sms N] [--shape T,D,K,E]
 //
-// Check: all results have the bits of the throughput kernels' on the same operands, for many sizes
-// and routings, calls of both kinds in turn on one group, at last in graphs that are replayed with
-// another routing each time.
+// Check: all results have the bits of the throughput kernels' on the same operands, for many sizes,
+// routings and kinds of wire, calls of both kinds in turn on one group, at last in graphs that are
+// replayed with another routing each time.
 //
-// Time: us of one call, see calls.h; rows are bf16, routing is uniform. "pair" is dispatch and
-// combine in turn. C is the worst case, R * T * K rows (then dispatch writes as many), or with
-// "1.05" 1.05 * T * K + 64 rows. With --quick only the low-latency kernels, and C of 1.05.
+// Time: us of one call, see calls.h; rows are bf16, with --fp8 on an FP8 wire, routing is uniform.
+// "pair" is dispatch and combine in turn. C is the worst case, R * T * K rows (then dispatch writes
+// as many), or with "1.05" 1.05 * T * K + 64 rows. With --quick only the low-latency kernels, and C
+// of 1.05.
 
 #include <cstring>
 
 #include "benchmarks/cuda/calls.h"
 
-using namespace jaxmoe::cuda;  // NOLINT: a program, not a header
+using namespace jaxmoe;        // NOLINT: a program, not a header
+using namespace jaxmoe::cuda;  // NOLINT
 
 namespace {
 
 constexpr int kCalls = 50, kReplays = 9;
 constexpr int kPoison = 0xee;
+
+// How tokens travel, and their dtype.
+struct Wire {
+  WireFormat format = kWirePlain;
+  RowType type = RowType::kBf16;
+  bool fp8_rows = false;
+  bool special = true;  // tokens have zeros, NaN and infinities among them
+
+  int bytes() const { return type == RowType::kF32 ? 4 : 2; }
+};
 
 // A call's operands and results on one device.
 struct Operands {
@@ -43,20 +55,27 @@ struct Inputs {
   const char* expert_rows;
 };
 
-Inputs MakeInputs(const Shape& s, int capacity, const std::vector<int32_t>& ids, int seed,
-                  Arena* arena) {
+Inputs MakeInputs(const Shape& s, const Wire& wire, int capacity, const std::vector<int32_t>& ids,
+                  int seed, Arena* arena) {
   std::mt19937 rng(seed);
-  std::vector<uint16_t> x(size_t(s.tokens) * s.dim), rows(size_t(capacity) * s.dim);
-  for (uint16_t& v : x) v = rng();                         // all bits: NaN and infinity too
-  for (uint16_t& v : rows) v = 0x3c00 + (rng() & 0x83ff);  // finite, of both signs
+  const size_t row = size_t(s.dim) * wire.bytes() / 2;
+  std::vector<uint16_t> x(s.tokens * row), rows(capacity * row);
+  const auto finite = [&rng] { return uint16_t(0x3c00 + (rng() & 0x83ff)); };  // of both signs
+  for (size_t i = 0; i < x.size(); ++i) {
+    // All bits, NaN and infinity too, or finite, or zeros: an FP8 wire takes blocks differently.
+    const size_t kind = wire.special ? (i / row + i / 64) % 5 : 1;
+    x[i] = kind < 1 ? rng() : kind < 4 ? finite() : 0;
+  }
+  for (uint16_t& v : rows) v = finite();
   std::vector<float> weights(ids.size());
   for (float& w : weights) w = std::uniform_real_distribution<float>(-1, 1)(rng);
   return {reinterpret_cast<char*>(arena->Copy(x)), arena->Copy(ids), arena->Copy(weights),
           reinterpret_cast<char*>(arena->Copy(rows))};
 }
 
-Operands MakeOperands(const Shape& s, int capacity, const Inputs& in, Arena* arena) {
-  const size_t row = size_t(s.dim) * 2, choices = size_t(s.tokens) * s.top_k;
+Operands MakeOperands(const Shape& s, const Wire& wire, int capacity, const Inputs& in,
+                      Arena* arena) {
+  const size_t row = size_t(s.dim) * wire.bytes(), choices = size_t(s.tokens) * s.top_k;
   Operands o;
   auto result = [&](auto*& p, size_t n, const char* name, std::vector<Operands::Result>* list) {
     p = arena->Zeros<std::remove_reference_t<decltype(*p)>>(n);
@@ -67,7 +86,14 @@ Operands MakeOperands(const Shape& s, int capacity, const Inputs& in, Arena* are
   d.tokens = in.tokens;
   d.expert_ids = in.ids;
   d.weights = in.weights;
-  result(d.rows, capacity * row, "rows", &o.dispatched);
+  d.wire.format = wire.format;
+  d.wire.type = wire.type;
+  d.wire.dim = s.dim;
+  result(d.rows, capacity * (wire.fp8_rows ? s.dim : row), "rows", &o.dispatched);
+  if (wire.fp8_rows) {
+    const size_t scales = capacity * quantize::NumBlocks(s.dim);
+    result(d.wire.row_scales, scales, "row_scales", &o.dispatched);
+  }
   result(d.row_weights, capacity, "row_weights", &o.dispatched);
   result(d.plan.group_sizes, s.num_local(), "group_sizes", &o.dispatched);
   result(d.plan.num_rows, 1, "num_rows", &o.dispatched);
@@ -87,6 +113,7 @@ Operands MakeOperands(const Shape& s, int capacity, const Inputs& in, Arena* are
 struct Group {
   int64_t uid;
   Sizes sizes;
+  RowType type;
   std::vector<cudaStream_t> streams;
 
   void Dispatch(int d, bool latency, const DispatchArgs& args) const {
@@ -97,8 +124,7 @@ struct Group {
   void Combine(int d, bool latency, const CombineArgs& args) const {
     const auto m = FindMember(uid, d);
     const auto launch = latency ? LaunchLatencyCombine : LaunchCombine;
-    CheckCuda(
-        launch(streams[d], m->num_blocks, m->peers, m->layout(), sizes, args, RowType::kBf16));
+    CheckCuda(launch(streams[d], m->num_blocks, m->peers, m->layout(), sizes, args, type));
   }
   template <typename Body>
   void OnAll(Body body) const {
@@ -119,18 +145,20 @@ struct Group {
   }
 };
 
-Group OpenGroup(const Shape& s, int capacity, int64_t uid, int num_sms,
+Group OpenGroup(const Shape& s, const Wire& wire, int capacity, int64_t uid, int num_sms,
                 const std::vector<cudaStream_t>& streams) {
-  const int local = s.num_local(), row_bytes = s.dim * 2;
+  const int local = s.num_local(), row_bytes = s.dim * wire.bytes();
   OpenPeerToPeer({uid, {kDevices, local, s.tokens, s.top_k, row_bytes, 0, s.tokens}, 2.0, num_sms},
                  {{0, 1}});
-  return {uid, {s.tokens, s.top_k, capacity, kDevices, s.experts, local, row_bytes}, streams};
+  const Sizes sizes = {s.tokens, s.top_k, capacity, kDevices, s.experts, local, row_bytes};
+  return {uid, sizes, wire.type, streams};
 }
 
 struct CheckCase {
   Shape shape;
   double capacity_factor;  // of T * K; 0 is the worst case
   std::string routing;
+  Wire wire = {};
 };
 
 std::vector<int32_t> CaseIds(const CheckCase& c, int device, std::mt19937* rng) {
@@ -158,7 +186,7 @@ bool Check(const CheckCase& c, int64_t uid, int num_sms, const std::vector<cudaS
       c.capacity_factor == 0
           ? worst
           : std::min(worst, int(std::ceil(c.capacity_factor * s.tokens * s.top_k)));
-  const Group group = OpenGroup(s, capacity, uid, num_sms, streams);
+  const Group group = OpenGroup(s, c.wire, capacity, uid, num_sms, streams);
   std::mt19937 rng(uid);
   bool same = true;
   for (int round = 0; round < 3 && same; ++round) {
@@ -166,8 +194,10 @@ bool Check(const CheckCase& c, int64_t uid, int num_sms, const std::vector<cudaS
     std::vector<Operands> operands[2];  // by kind of kernels
     group.OnAll([&](int d) {
       const Inputs inputs =
-          MakeInputs(s, capacity, CaseIds(c, d, &rng), round * kDevices + d, &arenas[d]);
-      for (auto& kind : operands) kind.push_back(MakeOperands(s, capacity, inputs, &arenas[d]));
+          MakeInputs(s, c.wire, capacity, CaseIds(c, d, &rng), round * kDevices + d, &arenas[d]);
+      for (auto& kind : operands) {
+        kind.push_back(MakeOperands(s, c.wire, capacity, inputs, &arenas[d]));
+      }
       for (const auto& kind : operands) {
         for (const auto* list : {&kind[d].dispatched, &kind[d].combined}) {
           for (const auto& r : *list) CheckCuda(cudaMemset(r.at, kPoison, r.bytes));
@@ -220,14 +250,28 @@ int CheckAll(int num_sms, const std::vector<cudaStream_t>& streams) {
   }
   cases.push_back({{1024, 512, 8, 32}, 0, "zipf"});
   cases.push_back({{1000, 1000, 5, 10}, 0.01, "masked"});
+  for (const bool fp8_rows : {false, true}) {
+    const Wire wire = {kWireAmax, RowType::kBf16, fp8_rows};
+    for (int tokens : {1, 8, 77, 256}) {
+      cases.push_back({{tokens, 7168, 8, 256}, 0, "uniform", wire});
+      cases.push_back({{tokens, 16, 2, 8}, 0.7, "masked", wire});
+      cases.push_back(
+          {{tokens, 1936, 4, 16}, 1.05, "zipf", {kWirePowerOfTwo, wire.type, fp8_rows}});
+      cases.push_back({{tokens, 1040, 3, 12}, 1, "idle", {kWireAmax, RowType::kF16, fp8_rows}});
+      cases.push_back(
+          {{tokens, 272, 32, 64}, 0.8, "uniform", {kWireAmax, RowType::kF32, fp8_rows}});
+      cases.push_back({{tokens, 768, 2, 4}, 0, "hot", {kWirePowerOfTwo, RowType::kF32, fp8_rows}});
+    }
+  }
   int wrong = 0;
   int64_t uid = 1;
   for (const CheckCase& c : cases) {
     const bool same = Check(c, uid++, num_sms, streams);
     if (same) continue;
     const Shape& s = c.shape;
-    std::printf("WRONG: T=%d D=%d K=%d E=%d factor %g %s\n", s.tokens, s.dim, s.top_k, s.experts,
-                c.capacity_factor, c.routing.c_str());
+    std::printf("WRONG: T=%d D=%d K=%d E=%d factor %g %s, wire %d type %d fp8_rows %d\n", s.tokens,
+                s.dim, s.top_k, s.experts, c.capacity_factor, c.routing.c_str(), c.wire.format,
+                int(c.wire.type), c.wire.fp8_rows);
     std::fflush(stdout);
     if (++wrong > 5) break;
   }
@@ -269,19 +313,19 @@ __global__ void Compare(const uint32_t* a, const uint32_t* b, int num_words, uin
 
 // Replays graphs in which every step has tokens and a routing of its own, calls of both kinds in
 // three orders, and a comparison of all results. Returns whether all were right.
-bool Stress(const Shape& s, int num_replays, int64_t uid, int num_sms,
+bool Stress(const Shape& s, const Wire& wire, int num_replays, int64_t uid, int num_sms,
             const std::vector<cudaStream_t>& streams) {
   const int capacity = int(1.2 * s.tokens * s.top_k);
-  const Group group = OpenGroup(s, capacity, uid, num_sms, streams);
+  const Group group = OpenGroup(s, wire, capacity, uid, num_sms, streams);
   const int choices = s.tokens * s.top_k, words = s.tokens * s.dim / 2;
   Arena arenas[kDevices];
   cudaGraphExec_t graphs[kDevices];
   uint32_t *steps[kDevices], *wrong[kDevices];
   group.OnAll([&](int d) {
     Arena& arena = arenas[d];
-    const Inputs in = MakeInputs(s, capacity, std::vector<int32_t>(choices), d, &arena);
-    const Operands o[2] = {MakeOperands(s, capacity, in, &arena),
-                           MakeOperands(s, capacity, in, &arena)};
+    const Inputs in = MakeInputs(s, wire, capacity, std::vector<int32_t>(choices), d, &arena);
+    const Operands o[2] = {MakeOperands(s, wire, capacity, in, &arena),
+                           MakeOperands(s, wire, capacity, in, &arena)};
     steps[d] = arena.Zeros<uint32_t>(1);
     wrong[d] = arena.Zeros<uint32_t>(1);
     CheckCuda(cudaDeviceSynchronize());
@@ -325,7 +369,8 @@ bool Stress(const Shape& s, int num_replays, int64_t uid, int num_sms,
     CheckCuda(cudaMemcpy(&count, wrong[d], 4, cudaMemcpyDeviceToHost));
     CheckCuda(cudaGraphExecDestroy(graphs[d]));
     right &= count == 0 && done == 3u * num_replays;
-    std::printf("stress T=%d, device %d: %u steps, %u words wrong\n", s.tokens, d, done, count);
+    std::printf("stress T=%d%s, device %d: %u steps, %u words wrong\n", s.tokens,
+                wire.format == kWirePlain ? "" : " FP8", d, done, count);
   });
   std::fflush(stdout);
   CloseGroup(uid);
@@ -345,7 +390,7 @@ void TimeNothing(const std::vector<cudaStream_t>& streams) {
   }
 }
 
-void TimeShape(const Shape& s, int64_t uid, int num_sms, bool quick,
+void TimeShape(const Shape& s, const Wire& wire, int64_t uid, int num_sms, bool quick,
                const std::vector<cudaStream_t>& streams) {
   std::mt19937 rng(1);
   const std::vector<int32_t> ids[kDevices] = {DrawIds(s, "uniform", &rng),
@@ -354,12 +399,12 @@ void TimeShape(const Shape& s, int64_t uid, int num_sms, bool quick,
     if (worst && quick) continue;
     const int most = kDevices * s.tokens * s.top_k;
     const int capacity = worst ? most : std::min(most, int(1.05 * s.tokens * s.top_k) + 64);
-    const Group group = OpenGroup(s, capacity, uid + worst, num_sms, streams);
+    const Group group = OpenGroup(s, wire, capacity, uid + worst, num_sms, streams);
     Arena arenas[kDevices];
     std::vector<Operands> o;
     group.OnAll([&](int d) {
-      o.push_back(
-          MakeOperands(s, capacity, MakeInputs(s, capacity, ids[d], d, &arenas[d]), &arenas[d]));
+      const Inputs inputs = MakeInputs(s, wire, capacity, ids[d], d, &arenas[d]);
+      o.push_back(MakeOperands(s, wire, capacity, inputs, &arenas[d]));
     });
     std::printf("%5d %5d %2d %4d %6s", s.tokens, s.dim, s.top_k, s.experts,
                 worst ? "worst" : "1.05");
@@ -387,6 +432,7 @@ void TimeShape(const Shape& s, int64_t uid, int num_sms, bool quick,
 int main(int argc, char** argv) {
   bool check = true, time = true, quick = false;
   int num_sms = 0;
+  Wire timed;
   std::vector<Shape> shapes = {{1, 7168, 8, 256},   {8, 7168, 8, 256},    {64, 7168, 8, 256},
                                {128, 7168, 8, 256}, {256, 7168, 8, 256},  {128, 4096, 2, 8},
                                {512, 7168, 8, 256}, {1024, 7168, 8, 256}, {1024, 2048, 8, 64}};
@@ -400,6 +446,8 @@ int main(int argc, char** argv) {
       check = false;
     } else if (name == "--quick") {
       quick = true;
+    } else if (name == "--fp8") {
+      timed = {kWireAmax, RowType::kBf16, false, false};
     } else if (name == "--sms" && std::atoi(value.c_str()) > 1) {
       num_sms = std::atoi(value.c_str());
       ++i;
@@ -408,7 +456,8 @@ int main(int argc, char** argv) {
       shapes = {s};
       ++i;
     } else {
-      std::fprintf(stderr, "usage: %s [--check | --time] [--quick] [--sms N] [--shape T,D,K,E]\n",
+      std::fprintf(stderr,
+                   "usage: %s [--check | --time] [--fp8] [--quick] [--sms N] [--shape T,D,K,E]\n",
                    argv[0]);
       return 2;
     }
@@ -422,16 +471,19 @@ int main(int argc, char** argv) {
   if (check && CheckAll(num_sms, streams) != 0) return 1;
   int64_t uid = 1000;
   for (const Shape& s : {Shape{16, 264, 4, 16}, Shape{48, 1032, 4, 64}, Shape{1, 7168, 8, 64}}) {
-    if (check && !Stress(s, 1500, uid++, num_sms, streams)) return 1;
+    if (check && !Stress(s, {}, 1500, uid++, num_sms, streams)) return 1;
   }
+  const Wire fp8 = {kWireAmax, RowType::kBf16, false};
+  if (check && !Stress({24, 656, 4, 32}, fp8, 1500, uid++, num_sms, streams)) return 1;
   if (!time) return 0;
   cudaDeviceProp properties;
   CheckCuda(cudaGetDeviceProperties(&properties, 0));
-  std::printf("%d x %s, %d multiprocessors; us\n", kDevices, properties.name,
-              num_sms ? num_sms : properties.multiProcessorCount);
+  std::printf("%d x %s, %d multiprocessors, wire %s; us\n", kDevices, properties.name,
+              num_sms ? num_sms : properties.multiProcessorCount,
+              timed.format == kWirePlain ? "bf16" : "FP8");
   TimeNothing(streams);
   std::printf(
       "    T     D  K    E      C   low latency: dispatch combine pair, throughput: same\n");
-  for (const Shape& shape : shapes) TimeShape(shape, uid += 2, num_sms, quick, streams);
+  for (const Shape& shape : shapes) TimeShape(shape, timed, uid += 2, num_sms, quick, streams);
   return 0;
 }

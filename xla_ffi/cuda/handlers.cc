@@ -110,9 +110,8 @@ ffi::Error DispatchRows(cudaStream_t stream, int32_t device, const Config& confi
                               x.dimensions()[1], x.element_type());
   const Member& m = **member;
   const Layout layout = m.layout();
-  const bool plain = args.wire.format == kWirePlain;
   const auto launch =
-      plain && TakesLatencyKernels(m.peers, layout, sizes) ? LaunchLatencyDispatch : LaunchDispatch;
+      TakesLatencyKernels(m.peers, layout, sizes) ? LaunchLatencyDispatch : LaunchDispatch;
   return Status(launch(stream, m.num_blocks, m.peers, layout, sizes, args));
 }
 

@@ -10,7 +10,8 @@
 // Wire rows. A row, or a partial sum of rows, is sent in vectors of 16 bytes whose lowest bit of
 // the last word is replaced by a one. The bits that were there travel in marks: a mark of 8 bytes,
 // stored whole too, holds those of the 32 vectors that a warp sends at once, and is not zero. A
-// mark alone can say that there is nothing to send. A weight travels in 8 bytes beside such a word.
+// mark alone can say that there is nothing to send. A weight, and what an encoding adds to a batch,
+// travels in 8 bytes beside such a word.
 // Empty is zero. Writer: a warp of the source, into its own slot at the destination. Reader: one
 // warp of the destination, which writes zeros over what it has read.
 //
@@ -256,14 +257,15 @@ struct Span {
 };
 
 // Such a part of a row in a warp's registers: as it is, or closed for the wire. An encoding of the
-// row's elements on the wire belongs between Load and Close, and between Open and their use.
-template <int kVectors>
+// row's elements on the wire belongs between Load and Close, and between Open and their use; it may
+// send kWords words of 32 bits beside the marks.
+template <int kVectors, int kWords = 0>
 struct WirePiece {
   static constexpr uint64_t kPresent = uint64_t{1} << 32, kAbsent = uint64_t{2} << 32;
-  static_assert(kVectors <= 32, "a mark for each batch in a lane");
+  static_assert(kVectors + kWords <= 32, "a mark or word in a lane");
 
   uint4 v[kVectors];
-  uint64_t mark;  // of batch j in lane j, once closed
+  uint64_t mark;  // once closed: of batch j in lane j, and behind them the words
 
   JAXMOE_HOST_DEVICE static int NumOf(int row_bytes) {
     return (Layout::Batches(row_bytes) + kVectors - 1) / kVectors;
@@ -281,8 +283,9 @@ struct WirePiece {
     }
   }
 
-  __device__ void Close() {
-    mark = 0;
+  // `words`: of a lane past the first kVectors its word and kPresent.
+  __device__ void Close(uint64_t words = 0) {
+    mark = words;
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
       const unsigned bits = __ballot_sync(~0u, v[j].w & 1);
@@ -364,10 +367,11 @@ struct WirePiece {
   }
   __device__ static bool HasMark(const Span& span) {
     const int lane = threadIdx.x % 32;
-    return lane < kVectors && span.HasBatch(lane);
+    return lane < kVectors ? span.HasBatch(lane) : lane < kVectors + kWords;
   }
   __device__ static int MarkOf(int row_bytes, const Span& span) {
-    return Layout::Mark(row_bytes, span.first + int(threadIdx.x % 32));
+    const int before = kWords == 0 ? span.first : span.first / kVectors * (kVectors + kWords);
+    return Layout::Mark(row_bytes, before + int(threadIdx.x % 32));
   }
 };
 

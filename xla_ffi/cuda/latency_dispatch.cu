@@ -9,16 +9,12 @@
 #include "xla_ffi/cuda/latency.cuh"
 #include "xla_ffi/cuda/latency_ids.cuh"
 #include "xla_ffi/cuda/latency_plan.cuh"
+#include "xla_ffi/cuda/latency_wire.cuh"
 #include "xla_ffi/cuda/launch.h"
 
 namespace jaxmoe::cuda {
 namespace {
 
-// Of a warp's piece. Longer ones cost less apiece, and shorter ones spread over more warps: with 7
-// instead of 2 dispatch takes 6.3 instead of 6.2 us at T=8, 8.6 instead of 8.4 at T=64 (D=7168,
-// K=8).
-constexpr int kPieceVectors = 2;
-using TokenPiece = WirePiece<kPieceVectors>;
 using Params = DispatchParams;
 constexpr int kSenderPercent = 18;  // of the blocks, at most
 constexpr int kPiecesPerSender = 4;
@@ -49,7 +45,9 @@ __device__ __forceinline__ unsigned FirstChoices(int rank, int device) {
   return __ballot_sync(~0u, first && device >= 0 && device != rank);
 }
 
-// A sender's warp. What its first piece needs is loaded by the constructor.
+// A sender's warp. What its first piece needs is loaded by the constructor. TokenPiece: a class of
+// latency_wire.cuh.
+template <typename TokenPiece>
 class TokenSender {
  public:
   __device__ TokenSender(const Params& params, const Worker& worker)
@@ -69,15 +67,14 @@ class TokenSender {
       TokenPiece piece = piece_;
       job_ += stride_;
       Load();
-      piece.Close();
-      const Span span(sizes_.row_bytes, part * kPieceVectors);
+      piece.Close(params_);
       for (unsigned rest = FirstChoices(call.peers.rank, device); rest != 0; rest &= rest - 1) {
         const int peer = __shfl_sync(~0u, device, __ffs(rest) - 1);
         char* wire = call.heap(peer) + call.layout.WireRow(call.parity, call.peers.rank, token);
-        piece.Send(wire, sizes_.row_bytes, span);
+        piece.Send(params_, wire, part);
         const int k = threadIdx.x % 32;
         if (part == 0 && k < sizes_.top_k) {
-          StoreWord(wire + Layout::WireWeight(sizes_.row_bytes, k), TokenPiece::kPresent | weight);
+          StoreWord(wire + TokenPiece::WeightOf(params_, k), WirePiece<1>::kPresent | weight);
         }
       }
     }
@@ -93,8 +90,7 @@ class TokenSender {
       id = LoadEarly(args_.expert_ids + choice);
       if (part_ == 0) weight_ = LoadEarly(reinterpret_cast<const int32_t*>(args_.weights) + choice);
     }
-    piece_.Load(args_.tokens + size_t(token_) * sizes_.row_bytes,
-                Span(sizes_.row_bytes, part_ * kPieceVectors));
+    piece_.Load(params_, token_, part_);
     device_ = DeviceOf(params_, id);
   }
 
@@ -114,6 +110,7 @@ struct Job {
 };
 
 // An expander's warp. What its first piece needs is loaded by the constructor, if it is there.
+template <typename TokenPiece>
 class TokenExpander {
  public:
   __device__ TokenExpander(const Params& params, const Worker& worker)
@@ -130,7 +127,7 @@ class TokenExpander {
   // Starts to load what a peer has sent of the piece, if it is a peer's.
   __device__ void Poll(const LatencyCall& call) {
     if (job_.source < 0 || job_.source == rank_) return;
-    piece_.Poll(Wire(call), sizes_.row_bytes, span());
+    piece_.Poll(params_, Wire(call), job_.part);
     if (HasChoice()) weight_ = LoadWord(WireWeight(call));
   }
 
@@ -163,19 +160,18 @@ class TokenExpander {
     }
     return job;
   }
-  __device__ Span span() const { return Span(sizes_.row_bytes, job_.part * kPieceVectors); }
   // Whether this lane has a choice of the token to describe: the warp of its first piece does.
   __device__ bool HasChoice() const { return job_.part == 0 && threadIdx.x % 32 < sizes_.top_k; }
   __device__ char* Wire(const LatencyCall& call) const {
     return call.own() + call.layout.WireRow(call.parity, job_.source, job_.token);
   }
   __device__ char* WireWeight(const LatencyCall& call) const {
-    return Wire(call) + Layout::WireWeight(sizes_.row_bytes, threadIdx.x % 32);
+    return Wire(call) + TokenPiece::WeightOf(params_, threadIdx.x % 32);
   }
 
   __device__ void LoadOwn() {
     if (job_.source != rank_) return;
-    piece_.Load(args_.tokens + size_t(job_.token) * sizes_.row_bytes, span());
+    piece_.Load(params_, job_.token, job_.part);
     if (!HasChoice()) return;
     const int i = job_.token * sizes_.top_k + threadIdx.x % 32;
     id_ = LoadEarly(args_.expert_ids + i);
@@ -190,17 +186,19 @@ class TokenExpander {
     const bool sent = !own && __any_sync(~0u, k < sizes_.top_k && plan.IsMine(choice));
     // Also what is not kept: the wire row must be cleared.
     if (sent && *ok) {
-      *ok = piece_.Receive(call, job_.source, Wire(call), sizes_.row_bytes, span());
+      *ok = piece_.Receive(call, params_, job_.source, Wire(call), job_.part);
       if (*ok && HasChoice()) *ok = ReceiveWeight(call);
       *ok = __all_sync(~0u, *ok);
     }
+    const unsigned rows = __ballot_sync(~0u, row >= 0);
     if (!*ok) {
       piece_.Poison();
       weight_ = ~uint64_t{0};
+    } else if (rows != 0) {
+      piece_.MakeRow(params_, own);
     }
-    for (unsigned rest = __ballot_sync(~0u, row >= 0); rest != 0; rest &= rest - 1) {
-      const int to = __shfl_sync(~0u, row, __ffs(rest) - 1);
-      piece_.Store(args_.rows + size_t(to) * sizes_.row_bytes, span());
+    for (unsigned rest = rows; rest != 0; rest &= rest - 1) {
+      piece_.Store(params_, __shfl_sync(~0u, row, __ffs(rest) - 1), job_.part);
     }
     if (HasChoice()) Describe(choice, row);
   }
@@ -238,10 +236,18 @@ class TokenExpander {
   uint64_t weight_ = 0;  // its weight, with a mark if it has come over the wire
 };
 
+// Bytes and scales of a row as it is handed over.
+__device__ int RowBytes(const Sizes& sizes, const DispatchArgs& args) {
+  return args.wire.row_scales == nullptr ? sizes.row_bytes : args.wire.dim;
+}
+__device__ int NumScales(const DispatchArgs& args) {
+  return args.wire.row_scales == nullptr ? 0 : int(quantize::NumBlocks(args.wire.dim));
+}
+
 // Zeros behind the last row, and the plan's entries there; a share for each thread.
 __device__ void EmptyTail(const Sizes& sizes, const DispatchArgs& args, int num_rows, int thread,
                           int num_threads) {
-  const int vectors = sizes.row_bytes / 16;
+  const int vectors = RowBytes(sizes, args) / 16, scales = NumScales(args);
   uint4* rows = AsVectors(args.rows) + size_t(num_rows) * vectors;
   const int64_t end = int64_t{sizes.capacity - num_rows} * vectors;
   for (int64_t i = thread; i < end; i += num_threads) {
@@ -250,6 +256,7 @@ __device__ void EmptyTail(const Sizes& sizes, const DispatchArgs& args, int num_
   for (int r = num_rows + thread; r < sizes.capacity; r += num_threads) {
     args.plan.row_source[r] = -1;
     args.row_weights[r] = 0.0f;
+    for (int i = 0; i < scales; ++i) args.wire.row_scales[size_t(r) * scales + i] = 0.0f;
   }
 }
 
@@ -292,8 +299,9 @@ static __device__ __noinline__ void Poison(const Sizes& sizes, const DispatchArg
       array[i] = value;
     }
   };
-  fill(AsVectors(args.rows), size_t(sizes.capacity) * (sizes.row_bytes / 16),
+  fill(AsVectors(args.rows), size_t(sizes.capacity) * (RowBytes(sizes, args) / 16),
        make_uint4(~0u, ~0u, ~0u, ~0u));
+  fill(args.wire.row_scales, size_t(sizes.capacity) * NumScales(args), __int_as_float(-1));
   fill(args.row_weights, sizes.capacity, __int_as_float(-1));
   fill(args.plan.group_sizes, sizes.num_local_experts, 0);
   fill(args.plan.num_rows, 1, 0);
@@ -305,8 +313,9 @@ static __device__ __noinline__ void Poison(const Sizes& sizes, const DispatchArg
 }
 
 // The receive phase, by the expanders. False if there is no plan.
+template <typename TokenPiece>
 __device__ bool ReceiveTokens(const LatencyCall& call, const Params& params,
-                              TokenExpander& expander, LocalPlan& plan, int num_invalid,
+                              TokenExpander<TokenPiece>& expander, LocalPlan& plan, int num_invalid,
                               const Worker& worker) {
   bool ok = true;
   ReceiveIds(call, params, plan.words(), &ok);
@@ -318,6 +327,7 @@ __device__ bool ReceiveTokens(const LatencyCall& call, const Params& params,
   return true;
 }
 
+template <typename TokenPiece>
 __global__ __launch_bounds__(kLatencyThreads,
                              1) void LatencyDispatchKernel(const __grid_constant__ Params params) {
   extern __shared__ int32_t shared[];
@@ -327,14 +337,14 @@ __global__ __launch_bounds__(kLatencyThreads,
   const int sender = int(blockIdx.x) - num_expanders;
   uint32_t order;
   if (sender >= 0) {
-    TokenSender tokens(params, Worker(sender, params.num_senders));
+    TokenSender<TokenPiece> tokens(params, Worker(sender, params.num_senders));
     order = EnterCall(control, &entry);
     if (!entry.failed) tokens.Send(LatencyCall(params, kDispatch, entry.epoch));
   } else {
     const Worker worker(blockIdx.x, num_expanders);
     LocalPlan plan(params.sizes, shared);
     IdSender ids(params, num_expanders);
-    TokenExpander expander(params, worker);
+    TokenExpander<TokenPiece> expander(params, worker);
     const int num_invalid =
         ReadOwnChoices(params.sizes, params.args, params.peers.rank, plan.words());
     order = EnterCall(control, &entry);
@@ -350,16 +360,14 @@ __global__ __launch_bounds__(kLatencyThreads,
   LeaveCall(control, entry, order);
 }
 
-}  // namespace
-
-cudaError_t LaunchLatencyDispatch(cudaStream_t stream, int num_blocks, const Peers& peers,
-                                  const Layout& layout, const Sizes& sizes,
-                                  const DispatchArgs& args) {
+template <typename TokenPiece>
+cudaError_t Launch(cudaStream_t stream, int num_blocks, const Peers& peers, const Layout& layout,
+                   const Sizes& sizes, const DispatchArgs& args) {
   const int shared_bytes = LocalPlan::SharedBytes(sizes);
   const cudaError_t error = cudaFuncSetAttribute(
-      LatencyDispatchKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+      LatencyDispatchKernel<TokenPiece>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) return error;
-  const int pieces = TokenPiece::NumOf(sizes.row_bytes);
+  const int pieces = TokenPiece::NumOf(sizes, args.wire);
   const int64_t jobs = int64_t{sizes.num_tokens} * pieces;
   int num_senders = 0;
   if (sizes.num_devices > 1) {
@@ -373,9 +381,28 @@ cudaError_t LaunchLatencyDispatch(cudaStream_t stream, int num_blocks, const Pee
   const int rest = num_blocks - num_senders;
   const int num_expanders = all < rest ? static_cast<int>(all) : rest;
   const Params params(peers, layout, sizes, args, num_senders, pieces);
-  LatencyDispatchKernel<<<num_expanders + num_senders, kLatencyThreads, shared_bytes, stream>>>(
-      params);
+  LatencyDispatchKernel<TokenPiece>
+      <<<num_expanders + num_senders, kLatencyThreads, shared_bytes, stream>>>(params);
   return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t LaunchLatencyDispatch(cudaStream_t stream, int num_blocks, const Peers& peers,
+                                  const Layout& layout, const Sizes& sizes,
+                                  const DispatchArgs& args) {
+  if (args.wire.format == kWirePlain) {
+    return Launch<PlainToken>(stream, num_blocks, peers, layout, sizes, args);
+  }
+  switch (args.wire.type) {
+    case RowType::kBf16:
+      return Launch<QuantizedToken<__nv_bfloat16>>(stream, num_blocks, peers, layout, sizes, args);
+    case RowType::kF16:
+      return Launch<QuantizedToken<__half>>(stream, num_blocks, peers, layout, sizes, args);
+    case RowType::kF32:
+      return Launch<QuantizedToken<float>>(stream, num_blocks, peers, layout, sizes, args);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace jaxmoe::cuda

@@ -6,10 +6,9 @@
 
 #include "xla_ffi/cuda/latency.cuh"
 #include "xla_ffi/cuda/latency_plan.cuh"
+#include "xla_ffi/cuda/latency_wire.cuh"
 
 namespace jaxmoe::cuda {
-
-using DispatchParams = LatencyParams<DispatchArgs>;
 
 // A peer's number in the order in which this device turns to them.
 __device__ inline int PeerAt(const LatencyCall& call, const Sizes& sizes, int i) {

@@ -42,6 +42,10 @@ constexpr int kMaxLocalExperts = 2048;
 // A wire row of the low-latency kernels: vectors of 16 bytes, and for each 32 of them, which a warp
 // moves at once, a mark of 8 bytes; behind them 8 bytes for each weight.
 constexpr int kBatchVectors = 32;
+// In FP8 a batch is so many numbers, and beside its mark there are 8 bytes for the scale of each of
+// its blocks. Every lane has 8 numbers of each half.
+constexpr int kBatchNumbers = 512;
+constexpr int kBatchScales = 4;
 // Local experts of a device's choices that one vector of 16 bytes carries to it.
 constexpr int kIdsPerVector = 5;
 // Most choices of all devices in a call of the low-latency kernels: each block has all of them in
@@ -87,7 +91,7 @@ struct Layout {
         top_k(g.top_k),
         latency_tokens(g.latency_tokens),
         id_vectors(IdVectors(g.latency_tokens * g.top_k)),
-        wire_row_bytes((WireWeight(g.row_bytes, g.top_k) + 127) / 128 * 128) {
+        wire_row_bytes((WireRowBytes(g.row_bytes, g.top_k) + 127) / 128 * 128) {
     const size_t r = g.num_devices;
     size_t end = 0;
     auto region = [&end](size_t n) {
@@ -150,6 +154,23 @@ struct Layout {
   JAXMOE_HOST_DEVICE static int Mark(int row_bytes, int batch) { return row_bytes + batch * 8; }
   JAXMOE_HOST_DEVICE static int WireWeight(int row_bytes, int k) {
     return Mark(row_bytes, Batches(row_bytes)) + k * 8;
+  }
+  // Of D numbers in FP8.
+  JAXMOE_HOST_DEVICE static int CodeBatches(int dim) {
+    return (dim + kBatchNumbers - 1) / kBatchNumbers;
+  }
+  JAXMOE_HOST_DEVICE static int CodeBytes(int dim) {
+    const int lanes = dim % kBatchNumbers / 8;
+    return 16 *
+           (dim / kBatchNumbers * kBatchVectors + (lanes < kBatchVectors ? lanes : kBatchVectors));
+  }
+  JAXMOE_HOST_DEVICE static int CodeWeight(int dim, int k) {
+    return Mark(CodeBytes(dim), CodeBatches(dim) * (1 + kBatchScales)) + k * 8;
+  }
+  // Room for either kind, whatever the dtype: numbers have two bytes or more.
+  JAXMOE_HOST_DEVICE static int WireRowBytes(int row_bytes, int top_k) {
+    const int plain = WireWeight(row_bytes, top_k), codes = CodeWeight(row_bytes / 2, top_k);
+    return plain > codes ? plain : codes;
   }
   JAXMOE_HOST_DEVICE size_t WireRow(int parity, int s, int token) const {
     const uint32_t row = (parity * num_devices + s) * latency_tokens + token;

@@ -89,6 +89,14 @@ TEST(WireRowsAreAligned) {
     CHECK_EQ(Layout::WireWeight(sizes.row_bytes, 0),
              Layout::Mark(sizes.row_bytes, batches - 1) + 8);
     CHECK(layout.wire_row_bytes >= Layout::WireWeight(sizes.row_bytes, sizes.top_k - 1) + 8);
+    for (int dim : {sizes.row_bytes / 2, sizes.row_bytes / 4}) {  // in FP8
+      CHECK(Layout::CodeBatches(dim) * kBatchNumbers >= dim);
+      CHECK(Layout::CodeBytes(dim) >= dim);
+      CHECK_EQ(Layout::CodeBytes(dim) % 16, 0);
+      const int words = Layout::CodeBatches(dim) * (1 + kBatchScales);
+      CHECK_EQ(Layout::CodeWeight(dim, 0), Layout::Mark(Layout::CodeBytes(dim), words));
+      CHECK(layout.wire_row_bytes >= Layout::CodeWeight(dim, sizes.top_k - 1) + 8);
+    }
     CHECK_EQ(layout.wire_row_bytes % 128, 0);
     const int last = sizes.latency_tokens - 1;
     if (sizes.num_devices == 1) continue;
