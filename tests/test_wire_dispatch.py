@@ -37,9 +37,7 @@ def dispatch_program(config: Config, transport: str, mode: str = "auto") -> Any:
     return jax.jit(exchange.on_devices(config, body))
 
 
-def dispatched(
-    config: Config, transport: str, inputs: exchange.Arrays, mode: str = "auto"
-) -> Any:
+def dispatched(config: Config, transport: str, inputs: exchange.Arrays, mode: str = "auto") -> Any:
     placed = [exchange.place(config, inputs[name]) for name in ("x", "ids", "weights")]
     return exchange.fetch(config, dispatch_program(config, transport, mode)(*placed))
 

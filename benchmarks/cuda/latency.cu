@@ -5,13 +5,14 @@
 //   ./latency [--check | --time] [--fp8] [--quick] [--sms N] [--shape T,D,K,E]
 //
 // Check: all results have the bits of the throughput kernels' on the same operands, for many sizes,
-// routings and kinds of wire, calls of both kinds in turn on one group, at last in graphs that are
-// replayed with another routing each time.
+// routings and kinds of wire, calls of both kinds in turn on one group, whole and split into start
+// and done with other calls between, at last in graphs that are replayed with another routing each
+// time.
 //
 // Time: us of one call, see calls.h; rows are bf16, with --fp8 on an FP8 wire, routing is uniform.
 // "pair" is dispatch and combine in turn. C is the worst case, R * T * K rows (then dispatch writes
 // as many), or with "1.05" 1.05 * T * K + 64 rows. With --quick only the low-latency kernels, and C
-// of 1.05.
+// of 1.05. "split" is a start and its done with nothing between.
 
 #include <cstring>
 
@@ -24,6 +25,9 @@ namespace {
 
 constexpr int kCalls = 50, kReplays = 9;
 constexpr int kPoison = 0xee;
+// Kinds of calls: throughput, low latency, and that in two halves.
+constexpr int kKinds = 3, kSplit = 2, kMostPending = 2;
+enum class CallPart { kStart, kDone };
 
 // How tokens travel, and their dtype.
 struct Wire {
@@ -121,6 +125,19 @@ struct Group {
     const auto launch = latency ? LaunchLatencyDispatch : LaunchDispatch;
     CheckCuda(launch(streams[d], m->num_blocks, m->peers, m->layout(), sizes, args));
   }
+  // The first or second half of a split call; `pending` is of the start.
+  void Dispatch(int d, CallPart part, int32_t* pending, DispatchArgs args) const {
+    const auto m = FindMember(uid, d);
+    args.pending = pending;
+    const auto launch = part == CallPart::kStart ? LaunchDispatchStart : LaunchDispatchDone;
+    CheckCuda(launch(streams[d], m->num_blocks, m->peers, m->layout(), sizes, args));
+  }
+  void Combine(int d, CallPart part, int32_t* pending, CombineArgs args) const {
+    const auto m = FindMember(uid, d);
+    args.pending = pending;
+    const auto launch = part == CallPart::kStart ? LaunchCombineStart : LaunchCombineDone;
+    CheckCuda(launch(streams[d], m->num_blocks, m->peers, m->layout(), sizes, args, type));
+  }
   void Combine(int d, bool latency, const CombineArgs& args) const {
     const auto m = FindMember(uid, d);
     const auto launch = latency ? LaunchLatencyCombine : LaunchCombine;
@@ -148,7 +165,10 @@ struct Group {
 Group OpenGroup(const Shape& s, const Wire& wire, int capacity, int64_t uid, int num_sms,
                 const std::vector<cudaStream_t>& streams) {
   const int local = s.num_local(), row_bytes = s.dim * wire.bytes();
-  OpenPeerToPeer({uid, {kDevices, local, s.tokens, s.top_k, row_bytes, 0, s.tokens}, 2.0, num_sms},
+  OpenPeerToPeer({uid,
+                  {kDevices, local, s.tokens, s.top_k, row_bytes, 0, s.tokens, kMostPending},
+                  2.0,
+                  num_sms},
                  {{0, 1}});
   const Sizes sizes = {s.tokens, s.top_k, capacity, kDevices, s.experts, local, row_bytes};
   return {uid, sizes, wire.type, streams};
@@ -191,7 +211,8 @@ bool Check(const CheckCase& c, int64_t uid, int num_sms, const std::vector<cudaS
   bool same = true;
   for (int round = 0; round < 3 && same; ++round) {
     Arena arenas[kDevices];
-    std::vector<Operands> operands[2];  // by kind of kernels
+    std::vector<Operands> operands[kKinds];
+    int32_t* pending[kDevices][kMostPending];
     group.OnAll([&](int d) {
       const Inputs inputs =
           MakeInputs(s, c.wire, capacity, CaseIds(c, d, &rng), round * kDevices + d, &arenas[d]);
@@ -203,14 +224,37 @@ bool Check(const CheckCase& c, int64_t uid, int num_sms, const std::vector<cudaS
           for (const auto& r : *list) CheckCuda(cudaMemset(r.at, kPoison, r.bytes));
         }
       }
+      for (int32_t*& p : pending[d]) p = arenas[d].Zeros<int32_t>(4);
       CheckCuda(cudaDeviceSynchronize());
     });
+    const auto dispatch = [&](CallPart part, int i) {
+      group.OnAll(
+          [&](int d) { group.Dispatch(d, part, pending[d][i], operands[kSplit][d].dispatch); });
+    };
+    const auto combine = [&](CallPart part, int i) {
+      group.OnAll(
+          [&](int d) { group.Combine(d, part, pending[d][i], operands[kSplit][d].combine); });
+    };
     const auto run = [&](bool latency) {
       group.OnAll([&](int d) { group.Dispatch(d, latency, operands[latency][d].dispatch); });
       group.OnAll([&](int d) { group.Combine(d, latency, operands[latency][d].combine); });
     };
     run(false);
-    for (int i = 0; i <= round; ++i) run(true);
+    for (int i = 0; i <= round; ++i) {
+      run(true);
+      // Two at once, which end in either order, with whole calls of both kinds between.
+      dispatch(CallPart::kStart, 0);
+      run(i % 2 == 0);
+      dispatch(CallPart::kStart, 1);
+      run(i % 2 != 0);
+      dispatch(CallPart::kDone, i % 2);
+      dispatch(CallPart::kDone, 1 - i % 2);
+      combine(CallPart::kStart, 0);
+      run(true);
+      combine(CallPart::kStart, 1);
+      combine(CallPart::kDone, 0);
+      combine(CallPart::kDone, 1);
+    }
     run(false);
     if (group.Failed()) return false;
     group.OnAll([&](int d) {
@@ -219,13 +263,16 @@ bool Check(const CheckCase& c, int64_t uid, int num_sms, const std::vector<cudaS
           const auto& want = (operands[0][d].*list)[i];
           std::vector<unsigned char> a(want.bytes), b(want.bytes);
           CheckCuda(cudaMemcpy(a.data(), want.at, want.bytes, cudaMemcpyDeviceToHost));
-          CheckCuda(cudaMemcpy(b.data(), (operands[1][d].*list)[i].at, want.bytes,
-                               cudaMemcpyDeviceToHost));
-          if (a == b) continue;
-          const size_t at = std::mismatch(a.begin(), a.end(), b.begin()).first - a.begin();
-          std::printf("device %d round %d: %s differs at byte %zu of %zu: %02x, want %02x\n", d,
-                      round, want.name, at, want.bytes, b[at], a[at]);
-          same = false;
+          for (int kind = 1; kind < kKinds; ++kind) {
+            CheckCuda(cudaMemcpy(b.data(), (operands[kind][d].*list)[i].at, want.bytes,
+                                 cudaMemcpyDeviceToHost));
+            if (a == b) continue;
+            const size_t at = std::mismatch(a.begin(), a.end(), b.begin()).first - a.begin();
+            std::printf(
+                "device %d round %d kind %d: %s differs at byte %zu of %zu: %02x, want %02x\n", d,
+                round, kind, want.name, at, want.bytes, b[at], a[at]);
+            same = false;
+          }
         }
       }
     });
@@ -324,19 +371,30 @@ bool Stress(const Shape& s, const Wire& wire, int num_replays, int64_t uid, int 
   group.OnAll([&](int d) {
     Arena& arena = arenas[d];
     const Inputs in = MakeInputs(s, wire, capacity, std::vector<int32_t>(choices), d, &arena);
-    const Operands o[2] = {MakeOperands(s, wire, capacity, in, &arena),
-                           MakeOperands(s, wire, capacity, in, &arena)};
+    const Operands o[kKinds] = {MakeOperands(s, wire, capacity, in, &arena),
+                                MakeOperands(s, wire, capacity, in, &arena),
+                                MakeOperands(s, wire, capacity, in, &arena)};
+    int32_t* pending[kMostPending] = {arena.Zeros<int32_t>(4), arena.Zeros<int32_t>(4)};
     steps[d] = arena.Zeros<uint32_t>(1);
     wrong[d] = arena.Zeros<uint32_t>(1);
     CheckCuda(cudaDeviceSynchronize());
     CheckCuda(cudaStreamBeginCapture(streams[d], cudaStreamCaptureModeThreadLocal));
-    for (const char* order : {"dcDC", "DdCc", "dDcC"}) {  // small letters: low latency
+    // Small letters: low latency. 1 and 2 start a dispatch, 3 and 4 end it; 5 to 8 a combine.
+    for (const char* order : {"1dc3D5C7", "1D2dC43c6D58C7", "d1D3c5C7d1c3"}) {
       Draw<<<1, 512, 0, streams[d]>>>(
           steps[d], d, reinterpret_cast<uint32_t*>(const_cast<char*>(in.tokens)), words,
           const_cast<int32_t*>(in.ids), const_cast<float*>(in.weights), choices, s.experts);
       for (const char* call = order; *call; ++call) {
         const bool latency = *call >= 'a';
-        if (*call == 'd' || *call == 'D') {
+        if (*call < 'A') {
+          const int number = *call - '1', i = number % 2;
+          const auto part = number / 2 % 2 == 0 ? CallPart::kStart : CallPart::kDone;
+          if (number < 4) {
+            group.Dispatch(d, part, pending[i], o[kSplit].dispatch);
+          } else {
+            group.Combine(d, part, pending[i], o[kSplit].combine);
+          }
+        } else if (*call == 'd' || *call == 'D') {
           group.Dispatch(d, latency, o[latency].dispatch);
         } else {
           group.Combine(d, latency, o[latency].combine);
@@ -345,9 +403,11 @@ bool Stress(const Shape& s, const Wire& wire, int num_replays, int64_t uid, int 
       for (const auto list : {&Operands::dispatched, &Operands::combined}) {
         for (size_t i = 0; i < (o[0].*list).size(); ++i) {
           const auto& result = (o[0].*list)[i];
-          Compare<<<16, 512, 0, streams[d]>>>(static_cast<uint32_t*>(result.at),
-                                              static_cast<uint32_t*>((o[1].*list)[i].at),
-                                              result.bytes / 4, wrong[d]);
+          for (int kind = 1; kind < kKinds; ++kind) {
+            Compare<<<16, 512, 0, streams[d]>>>(static_cast<uint32_t*>(result.at),
+                                                static_cast<uint32_t*>((o[kind].*list)[i].at),
+                                                result.bytes / 4, wrong[d]);
+          }
         }
       }
     }
@@ -402,9 +462,11 @@ void TimeShape(const Shape& s, const Wire& wire, int64_t uid, int num_sms, bool 
     const Group group = OpenGroup(s, wire, capacity, uid + worst, num_sms, streams);
     Arena arenas[kDevices];
     std::vector<Operands> o;
+    int32_t* pending[kDevices];
     group.OnAll([&](int d) {
       const Inputs inputs = MakeInputs(s, wire, capacity, ids[d], d, &arenas[d]);
       o.push_back(MakeOperands(s, wire, capacity, inputs, &arenas[d]));
+      pending[d] = arenas[d].Zeros<int32_t>(4);
     });
     std::printf("%5d %5d %2d %4d %6s", s.tokens, s.dim, s.top_k, s.experts,
                 worst ? "worst" : "1.05");
@@ -419,6 +481,16 @@ void TimeShape(const Shape& s, const Wire& wire, int64_t uid, int num_sms, bool 
         group.Combine(d, latency, o[d].combine);
       });
       std::printf("   %6.1f %6.1f %6.1f", dispatch, combine, pair);
+      if (!latency) continue;
+      const double split_dispatch = Time(streams, kCalls, kReplays, [&](int d) {
+        group.Dispatch(d, CallPart::kStart, pending[d], o[d].dispatch);
+        group.Dispatch(d, CallPart::kDone, pending[d], o[d].dispatch);
+      });
+      const double split_combine = Time(streams, kCalls, kReplays, [&](int d) {
+        group.Combine(d, CallPart::kStart, pending[d], o[d].combine);
+        group.Combine(d, CallPart::kDone, pending[d], o[d].combine);
+      });
+      std::printf("   %6.1f %6.1f", split_dispatch, split_combine);
     }
     std::printf("\n");
     std::fflush(stdout);
@@ -483,7 +555,8 @@ int main(int argc, char** argv) {
               timed.format == kWirePlain ? "bf16" : "FP8");
   TimeNothing(streams);
   std::printf(
-      "    T     D  K    E      C   low latency: dispatch combine pair, throughput: same\n");
+      "    T     D  K    E      C   low latency: dispatch combine pair, split: dispatch combine, "
+      "throughput: as low latency\n");
   for (const Shape& shape : shapes) TimeShape(shape, timed, uid += 2, num_sms, quick, streams);
   return 0;
 }

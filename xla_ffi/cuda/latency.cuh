@@ -29,9 +29,7 @@
 // device before it has seen its header: in dispatch each block looks for all of them, in combine
 // each warp for those of the devices whose sums it adds.
 //
-// Beginning and end. The epoch is read by one thread of each block, which then counts itself in
-// Control::entered. So the block that counts last knows that all have read it, and sets it to this
-// call's; nobody waits for that, nor for the others' end. The count wraps to zero by itself.
+// Beginning and end: latency_entry.cuh, also for calls that are split into a start and a done.
 //
 // Failure. Each warp writes NaN instead of what it would have written; in dispatch, if the plan
 // cannot be made, each block a share of all results. So no block needs to know how the others
@@ -48,8 +46,8 @@ namespace jaxmoe::cuda {
 
 constexpr int kLatencyWarps = 16;
 constexpr int kLatencyThreads = kLatencyWarps * 32;
-// Tells these calls from others of the same site in headers.
-constexpr uint32_t kLatencySite = 0x9e3779b9u;
+// Tell these calls, whole and split, from others of the same site in headers.
+constexpr uint32_t kLatencySite = 0x9e3779b9u, kSplitSite = 0x85ebca6bu;
 
 // Division by a number that is known on the host.
 struct Divisor {
@@ -149,9 +147,10 @@ struct Waiting {
 // time, or 0 to give up. Then a failure is recorded: the group's before, the peer's being in
 // another call, or that the time is up. Not inline, which leaves the kernels short.
 static __device__ __noinline__ uint64_t CheckWaiting(const Peers& peers, const Layout& layout,
-                                                     int operation, uint64_t epoch, uint32_t hash,
-                                                     uint64_t since, int peer, int phase) {
-  const Call call(peers, layout, operation, epoch);
+                                                     int operation, uint64_t epoch, int part,
+                                                     uint32_t hash, uint64_t since, int peer,
+                                                     int phase) {
+  const Call call(peers, layout, operation, epoch, part);
   if (call.failed()) return 0;
   const uint64_t now = NowNs();
   const uint64_t header = LoadWord(call.own() + layout.Header(call.parity, peer));
@@ -164,15 +163,23 @@ static __device__ __noinline__ uint64_t CheckWaiting(const Peers& peers, const L
   return 0;
 }
 
+// What the threads of a block learn of a call at its beginning; latency_entry.cuh.
+struct Entry {
+  uint64_t number;  // the epoch, or the number of a split call
+  int part;         // of the regions
+  uint32_t site;    // for the header
+  bool failed;      // the group has, before
+};
+
 struct LatencyCall : Call {
   char* own_heap;
   uint32_t hash;  // of the header
 
   template <typename Args>
-  __device__ LatencyCall(const LatencyParams<Args>& params, int operation, uint64_t epoch)
-      : Call(params.peers, params.layout, operation, epoch),
+  __device__ LatencyCall(const LatencyParams<Args>& params, int operation, const Entry& entry)
+      : Call(params.peers, params.layout, operation, entry.number, entry.part),
         own_heap(params.own),
-        hash(HeaderHash(*this, params.sizes.num_tokens, params.args.site ^ kLatencySite)) {}
+        hash(HeaderHash(*this, params.sizes.num_tokens, params.args.site ^ entry.site)) {}
 
   __device__ char* own() const { return own_heap; }
   __device__ uint64_t Header(int peer) const {
@@ -192,7 +199,7 @@ struct LatencyCall : Call {
   __device__ bool KeepWaiting(Waiting* waiting, int peer, Phase phase) const {
     if (++waiting->spins % 128 != 0) return true;
     waiting->since =
-        CheckWaiting(peers, layout, operation, epoch, hash, waiting->since, peer, phase);
+        CheckWaiting(peers, layout, operation, epoch, parity, hash, waiting->since, peer, phase);
     return waiting->since != 0;
   }
   // The same for all lanes of a warp.
@@ -206,33 +213,6 @@ struct LatencyCall : Call {
     return __shfl_sync(~0u, keep, 0);
   }
 };
-
-static_assert(offsetof(Control, epoch) == 0 && offsetof(Control, failed) == 8, "loaded together");
-
-// What the threads of a block learn of a call at its beginning.
-struct Entry {
-  uint64_t epoch;
-  bool failed;  // the group has, before
-};
-
-// By all threads of a block; what they started to load before is on its way meanwhile. The result
-// is for LeaveCall.
-__device__ __forceinline__ uint32_t EnterCall(Control* control, Entry* entry) {
-  uint32_t order = 0;
-  if (threadIdx.x == kLatencyThreads - 32) {
-    const uint4 v = LoadVector(reinterpret_cast<const char*>(control));
-    entry->epoch = (uint64_t{v.y} << 32 | v.x) + 1;
-    entry->failed = v.z != 0;
-    // The operand, whose value is the number of blocks, waits for the load; so does the count.
-    order = atomicInc(&control->entered, gridDim.x - 1 + (v.z >> 1));
-  }
-  __syncthreads();
-  return order;
-}
-
-__device__ __forceinline__ void LeaveCall(Control* control, const Entry& entry, uint32_t order) {
-  if (threadIdx.x == kLatencyThreads - 32 && order == gridDim.x - 1) control->epoch = entry.epoch;
-}
 
 // Whether a peer is in this call, by all lanes of a warp; `header` is what was seen of it before.
 __device__ __forceinline__ bool AwaitHeader(const LatencyCall& call, uint64_t header, int peer) {

@@ -3,9 +3,11 @@
 //
 // Blocks have two roles, as in combine.cu. Senders sum pieces of the peers' tokens over this
 // device's rows and send them; for a token without rows here they say so. Finishers add up the
-// pieces of this device's own tokens, in the order of the devices.
+// pieces of this device's own tokens, in the order of the devices. Of a split call the start has
+// senders only, the done finishers.
 
 #include "xla_ffi/cuda/latency.cuh"
+#include "xla_ffi/cuda/latency_entry.cuh"
 #include "xla_ffi/cuda/launch.h"
 #include "xla_ffi/cuda/rows.cuh"
 
@@ -196,11 +198,10 @@ __device__ void ReceiveSums(const LatencyCall& call, const Work<kVectors>& work,
   }
 }
 
-template <typename T, int kVectors>
+template <typename T, int kVectors, CallPart kPart>
 __global__ __launch_bounds__(kLatencyThreads,
                              1) void LatencyCombineKernel(const __grid_constant__ Params params) {
   __shared__ Entry entry;
-  auto* control = reinterpret_cast<Control*>(params.own + params.layout.control);
   const Work<kVectors> work(params);
   const int num_finishers = gridDim.x - params.num_senders;
   const bool sends = blockIdx.x >= num_finishers;
@@ -211,45 +212,70 @@ __global__ __launch_bounds__(kLatencyThreads,
   const int num = work.sizes.num_tokens * params.pieces * (sends ? work.sizes.num_devices - 1 : 1);
   int row = -1;
   if (worker < num) row = work.RowOf(sends ? work.PeersJob(worker) : work.OwnJob(worker));
-  const uint32_t order = EnterCall(control, &entry);
-  const LatencyCall call(params, kCombine, entry.epoch);
+  const uint32_t order = EnterCall<kPart>(params, kCombine, &entry, [] {});
+  const LatencyCall call = CallOf<kPart>(params, kCombine, entry);
+  const bool tells = kPart == CallPart::kWhole ? !sends : kPart == CallPart::kStart;
+  if (tells && worker == num_workers - 1 && !entry.failed) {
+    call.TellHeader(work.sizes.num_devices);
+  }
   if (!sends) {
-    if (worker == num_workers - 1 && !entry.failed) call.TellHeader(work.sizes.num_devices);
-    ReceiveSums<T, kVectors>(call, work, worker, num_workers, row, !entry.failed);
-  } else if (!entry.failed) {
+    if (kPart != CallPart::kStart) {
+      ReceiveSums<T, kVectors>(call, work, worker, num_workers, row, !entry.failed);
+    }
+  } else if (kPart != CallPart::kDone && !entry.failed) {
     SendSums<T, kVectors>(call, work, worker, num_workers, row);
   }
-  LeaveCall(control, entry, order);
+  LeaveCall<kPart>(params, call, entry, order);
 }
 
-template <typename T, int kVectors>
+// Blocks that send, of `num_blocks`.
+int NumSumSenders(CallPart part, int num_blocks, int num_devices, int64_t own) {
+  if (part == CallPart::kDone) return 0;
+  const bool whole = part == CallPart::kWhole;
+  if (whole && num_devices == 1) return 0;
+  const int64_t wanted = own * (num_devices - 1);
+  const int64_t most = whole ? num_blocks * kSenderPercent / 100 : num_blocks;
+  const int64_t senders = wanted < most ? wanted : most;
+  return senders < 1 ? 1 : static_cast<int>(senders);
+}
+
+template <typename T, int kVectors, CallPart kPart>
 cudaError_t Launch(cudaStream_t stream, int num_blocks, const Peers& peers, const Layout& layout,
                    const Sizes& sizes, const CombineArgs& args) {
   const int pieces = WirePiece<kVectors>::NumOf(sizes.row_bytes);
   const int64_t own = int64_t{sizes.num_tokens} * pieces;
-  int64_t num_senders = 0;
-  if (sizes.num_devices > 1) {
-    const int64_t wanted = own * (sizes.num_devices - 1);
-    const int64_t most = num_blocks * kSenderPercent / 100;
-    num_senders = wanted < most ? wanted : most;
-    if (num_senders < 1) num_senders = 1;
-  }
-  const int64_t rest = num_blocks - num_senders;
+  const int num_senders = NumSumSenders(kPart, num_blocks, sizes.num_devices, own);
+  const int64_t rest = kPart == CallPart::kStart ? 0 : num_blocks - num_senders;
   const int64_t num_finishers = own < rest ? own : rest;
-  const Params params(peers, layout, sizes, args, static_cast<int>(num_senders), pieces);
-  LatencyCombineKernel<T, kVectors>
+  const Params params(peers, layout, sizes, args, num_senders, pieces);
+  LatencyCombineKernel<T, kVectors, kPart>
       <<<static_cast<unsigned>(num_finishers + num_senders), kLatencyThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 
-template <typename T>
+template <typename T, CallPart kPart>
 cudaError_t Launch(cudaStream_t stream, int num_blocks, const Peers& peers, const Layout& layout,
                    const Sizes& sizes, const CombineArgs& args) {
   const int64_t short_pieces =
       int64_t{sizes.num_devices} * sizes.num_tokens * WirePiece<kShort>::NumOf(sizes.row_bytes);
   return short_pieces <= num_blocks * kLatencyWarps
-             ? Launch<T, kShort>(stream, num_blocks, peers, layout, sizes, args)
-             : Launch<T, kLong>(stream, num_blocks, peers, layout, sizes, args);
+             ? Launch<T, kShort, kPart>(stream, num_blocks, peers, layout, sizes, args)
+             : Launch<T, kLong, kPart>(stream, num_blocks, peers, layout, sizes, args);
+}
+
+template <CallPart kPart>
+cudaError_t LaunchPart(cudaStream_t stream, int num_blocks, const Peers& peers,
+                       const Layout& layout, const Sizes& sizes, const CombineArgs& args,
+                       RowType type) {
+  switch (type) {
+    case RowType::kBf16:
+      return Launch<__nv_bfloat16, kPart>(stream, num_blocks, peers, layout, sizes, args);
+    case RowType::kF16:
+      return Launch<__half, kPart>(stream, num_blocks, peers, layout, sizes, args);
+    case RowType::kF32:
+      return Launch<float, kPart>(stream, num_blocks, peers, layout, sizes, args);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace
@@ -257,15 +283,17 @@ cudaError_t Launch(cudaStream_t stream, int num_blocks, const Peers& peers, cons
 cudaError_t LaunchLatencyCombine(cudaStream_t stream, int num_blocks, const Peers& peers,
                                  const Layout& layout, const Sizes& sizes, const CombineArgs& args,
                                  RowType type) {
-  switch (type) {
-    case RowType::kBf16:
-      return Launch<__nv_bfloat16>(stream, num_blocks, peers, layout, sizes, args);
-    case RowType::kF16:
-      return Launch<__half>(stream, num_blocks, peers, layout, sizes, args);
-    case RowType::kF32:
-      return Launch<float>(stream, num_blocks, peers, layout, sizes, args);
-  }
-  return cudaErrorInvalidValue;
+  return LaunchPart<CallPart::kWhole>(stream, num_blocks, peers, layout, sizes, args, type);
+}
+cudaError_t LaunchCombineStart(cudaStream_t stream, int num_blocks, const Peers& peers,
+                               const Layout& layout, const Sizes& sizes, const CombineArgs& args,
+                               RowType type) {
+  return LaunchPart<CallPart::kStart>(stream, num_blocks, peers, layout, sizes, args, type);
+}
+cudaError_t LaunchCombineDone(cudaStream_t stream, int num_blocks, const Peers& peers,
+                              const Layout& layout, const Sizes& sizes, const CombineArgs& args,
+                              RowType type) {
+  return LaunchPart<CallPart::kDone>(stream, num_blocks, peers, layout, sizes, args, type);
 }
 
 }  // namespace jaxmoe::cuda

@@ -4,11 +4,14 @@
 // Blocks have two roles, as in dispatch.cu. Senders copy tokens to the devices that need them.
 // Expanders tell the peers this device's choices, learn theirs, make the plan, each block for
 // itself, and turn tokens into rows. A warp does a piece of a token: what it needs first is on its
-// way while the block waits for the choices.
+// way while the block waits for the choices. Of a split call the start is the senders' work and the
+// choices', the done that of expanders.
 
 #include "xla_ffi/cuda/latency.cuh"
+#include "xla_ffi/cuda/latency_entry.cuh"
 #include "xla_ffi/cuda/latency_ids.cuh"
 #include "xla_ffi/cuda/latency_plan.cuh"
+#include "xla_ffi/cuda/latency_results.cuh"
 #include "xla_ffi/cuda/latency_wire.cuh"
 #include "xla_ffi/cuda/launch.h"
 
@@ -16,20 +19,7 @@ namespace jaxmoe::cuda {
 namespace {
 
 using Params = DispatchParams;
-constexpr int kSenderPercent = 18;  // of the blocks, at most
 constexpr int kPiecesPerSender = 4;
-
-// Of the grid's warps that share a role, block by block: neighbours are in different blocks.
-struct Worker {
-  int number, num_workers;
-  bool in_last_block;
-
-  __device__ Worker(int block, int num_blocks)
-      : number(threadIdx.x / 32 * num_blocks + block),
-        num_workers(num_blocks * kLatencyWarps),
-        in_last_block(block == num_blocks - 1) {}
-  __device__ bool IsLast() const { return number == num_workers - 1; }
-};
 
 // The device of an expert, or -1.
 __device__ __forceinline__ int DeviceOf(const Params& params, int id) {
@@ -59,15 +49,23 @@ class TokenSender {
     Load();
   }
 
+  // Of the first piece, ahead of Send.
+  __device__ void Encode() {
+    if (job_ < num_jobs()) piece_.Encode(params_);
+    encoded_ = true;
+  }
+
   // The send phase.
   __device__ void Send(const LatencyCall& call) {
-    while (job_ < sizes_.num_tokens * params_.pieces) {
+    while (job_ < num_jobs()) {
       const int token = token_, part = part_, device = device_;
       const uint32_t weight = weight_;
       TokenPiece piece = piece_;
+      if (!encoded_) piece.Encode(params_);
+      encoded_ = false;
       job_ += stride_;
       Load();
-      piece.Close(params_);
+      piece.Close();
       for (unsigned rest = FirstChoices(call.peers.rank, device); rest != 0; rest &= rest - 1) {
         const int peer = __shfl_sync(~0u, device, __ffs(rest) - 1);
         char* wire = call.heap(peer) + call.layout.WireRow(call.parity, call.peers.rank, token);
@@ -81,8 +79,9 @@ class TokenSender {
   }
 
  private:
+  __device__ int num_jobs() const { return sizes_.num_tokens * params_.pieces; }
   __device__ void Load() {
-    if (job_ >= sizes_.num_tokens * params_.pieces) return;
+    if (job_ >= num_jobs()) return;
     token_ = params_.per_piece.Divide(job_, &part_);
     const int k = threadIdx.x % 32, choice = token_ * sizes_.top_k + k;
     int id = -1;
@@ -100,6 +99,7 @@ class TokenSender {
   const int stride_;
   int job_, token_, part_;
   TokenPiece piece_;
+  bool encoded_ = false;
   int device_;
   uint32_t weight_ = 0;
 };
@@ -122,6 +122,14 @@ class TokenExpander {
         number_(worker.number),
         job_(JobAt(worker.number)) {
     LoadOwn();
+  }
+
+  // Makes the row of the first piece, if it is of an own token.
+  __device__ void MakeOwn() {
+    if (job_.source != rank_) return;
+    piece_.Encode(params_);
+    piece_.MakeRow(params_);
+    made_ = true;
   }
 
   // Starts to load what a peer has sent of the piece, if it is a peer's.
@@ -194,9 +202,11 @@ class TokenExpander {
     if (!*ok) {
       piece_.Poison();
       weight_ = ~uint64_t{0};
-    } else if (rows != 0) {
-      piece_.MakeRow(params_, own);
+    } else if (rows != 0 && !made_) {
+      if (own) piece_.Encode(params_);
+      piece_.MakeRow(params_);
     }
+    made_ = false;
     for (unsigned rest = rows; rest != 0; rest &= rest - 1) {
       piece_.Store(params_, __shfl_sync(~0u, row, __ffs(rest) - 1), job_.part);
     }
@@ -232,85 +242,10 @@ class TokenExpander {
   int number_;
   Job job_;
   TokenPiece piece_;
+  bool made_ = false;    // the piece is one of a row
   int id_ = 0;           // of the choice that this lane describes
   uint64_t weight_ = 0;  // its weight, with a mark if it has come over the wire
 };
-
-// Bytes and scales of a row as it is handed over.
-__device__ int RowBytes(const Sizes& sizes, const DispatchArgs& args) {
-  return args.wire.row_scales == nullptr ? sizes.row_bytes : args.wire.dim;
-}
-__device__ int NumScales(const DispatchArgs& args) {
-  return args.wire.row_scales == nullptr ? 0 : int(quantize::NumBlocks(args.wire.dim));
-}
-
-// Zeros behind the last row, and the plan's entries there; a share for each thread.
-__device__ void EmptyTail(const Sizes& sizes, const DispatchArgs& args, int num_rows, int thread,
-                          int num_threads) {
-  const int vectors = RowBytes(sizes, args) / 16, scales = NumScales(args);
-  uint4* rows = AsVectors(args.rows) + size_t(num_rows) * vectors;
-  const int64_t end = int64_t{sizes.capacity - num_rows} * vectors;
-  for (int64_t i = thread; i < end; i += num_threads) {
-    StoreStreaming(rows + i, make_uint4(0, 0, 0, 0));
-  }
-  for (int r = num_rows + thread; r < sizes.capacity; r += num_threads) {
-    args.plan.row_source[r] = -1;
-    args.row_weights[r] = 0.0f;
-    for (int i = 0; i < scales; ++i) args.wire.row_scales[size_t(r) * scales + i] = 0.0f;
-  }
-}
-
-// The rest of the results, by warps that have nothing else to do if there are enough. `num_invalid`
-// is what this thread has counted.
-__device__ void WriteRest(const Params& params, const LocalPlan& plan, int num_invalid,
-                          const Worker& worker) {
-  const Sizes& sizes = params.sizes;
-  const PlanArrays& arrays = params.args.plan;
-  const int lane = threadIdx.x % 32;
-  int jobs = sizes.num_tokens * params.pieces * sizes.num_devices;
-  if (jobs > worker.num_workers / 2) jobs = 0;
-  if (worker.number >= jobs) {
-    EmptyTail(sizes, params.args, plan.num_rows(), (worker.number - jobs) * 32 + lane,
-              (worker.num_workers - jobs) * 32);
-  }
-  if (!worker.in_last_block) return;
-  __shared__ int invalid[kLatencyWarps];
-  num_invalid = __reduce_add_sync(~0u, num_invalid);
-  if (lane == 0) invalid[threadIdx.x / 32] = num_invalid;
-  __syncthreads();
-  const int thread = kLatencyThreads - 1 - threadIdx.x;
-  for (int e = thread; e < sizes.num_local_experts; e += kLatencyThreads) {
-    arrays.group_sizes[e] = plan.GroupSize(e);
-  }
-  if (thread == 0) {
-    *arrays.num_rows = plan.num_rows();
-    *arrays.num_dropped = plan.num_addressed() - plan.num_rows();
-    for (int w = 1; w < kLatencyWarps; ++w) invalid[0] += invalid[w];
-    *arrays.num_invalid = invalid[0];
-  }
-}
-
-// Where there is no plan: NaN, and a plan without rows; a share for each block.
-static __device__ __noinline__ void Poison(const Sizes& sizes, const DispatchArgs& args,
-                                           int num_blocks) {
-  const auto fill = [num_blocks](auto* array, size_t n, auto value) {
-    const size_t stride = size_t(num_blocks) * kLatencyThreads;
-    for (size_t i = blockIdx.x * kLatencyThreads + threadIdx.x; i < n; i += stride) {
-      array[i] = value;
-    }
-  };
-  fill(AsVectors(args.rows), size_t(sizes.capacity) * (RowBytes(sizes, args) / 16),
-       make_uint4(~0u, ~0u, ~0u, ~0u));
-  fill(args.wire.row_scales, size_t(sizes.capacity) * NumScales(args), __int_as_float(-1));
-  fill(args.row_weights, sizes.capacity, __int_as_float(-1));
-  fill(args.plan.group_sizes, sizes.num_local_experts, 0);
-  fill(args.plan.num_rows, 1, 0);
-  fill(args.plan.num_dropped, 1, 0);
-  fill(args.plan.num_invalid, 1, 0);
-  fill(args.plan.row_map, size_t(sizes.num_devices) * sizes.num_choices(), -1);
-  fill(args.plan.row_source, sizes.capacity, -1);
-  fill(args.plan.choice_device, sizes.num_choices(), -1);
-}
 
 // The receive phase, by the expanders. False if there is no plan.
 template <typename TokenPiece>
@@ -327,63 +262,99 @@ __device__ bool ReceiveTokens(const LatencyCall& call, const Params& params,
   return true;
 }
 
-template <typename TokenPiece>
+template <typename TokenPiece, CallPart kPart>
 __global__ __launch_bounds__(kLatencyThreads,
                              1) void LatencyDispatchKernel(const __grid_constant__ Params params) {
   extern __shared__ int32_t shared[];
   __shared__ Entry entry;
-  auto* control = reinterpret_cast<Control*>(params.own + params.layout.control);
-  const int num_expanders = gridDim.x - params.num_senders;
+  const int num_expanders = kPart == CallPart::kStart ? 0 : gridDim.x - params.num_senders;
   const int sender = int(blockIdx.x) - num_expanders;
-  uint32_t order;
-  if (sender >= 0) {
-    TokenSender<TokenPiece> tokens(params, Worker(sender, params.num_senders));
-    order = EnterCall(control, &entry);
-    if (!entry.failed) tokens.Send(LatencyCall(params, kDispatch, entry.epoch));
-  } else {
-    const Worker worker(blockIdx.x, num_expanders);
-    LocalPlan plan(params.sizes, shared);
-    IdSender ids(params, num_expanders);
-    TokenExpander<TokenPiece> expander(params, worker);
-    const int num_invalid =
-        ReadOwnChoices(params.sizes, params.args, params.peers.rank, plan.words());
-    order = EnterCall(control, &entry);
-    const LatencyCall call(params, kDispatch, entry.epoch);
-    bool ok = !entry.failed;
-    if (ok) {
+  if (kPart != CallPart::kDone && sender >= 0) {
+    const Worker worker(sender, params.num_senders);
+    TokenSender<TokenPiece> tokens(params, worker);
+    const uint32_t order =
+        EnterCall<kPart>(params, kDispatch, &entry, [&tokens] { tokens.Encode(); });
+    const LatencyCall call = CallOf<kPart>(params, kDispatch, entry);
+    if (!entry.failed) {
+      if (kPart == CallPart::kStart) {
+        if (worker.IsLast()) call.TellHeader(params.sizes.num_devices);
+        IdSender(params, params.num_senders).Send(call);
+      }
+      tokens.Send(call);
+    }
+    LeaveCall<kPart>(params, call, entry, order);
+    return;
+  }
+  const Worker worker(blockIdx.x, num_expanders);
+  LocalPlan plan(params.sizes, shared);
+  IdSender ids(params, num_expanders);
+  TokenExpander<TokenPiece> expander(params, worker);
+  const int num_invalid =
+      ReadOwnChoices(params.sizes, params.args, params.peers.rank, plan.words());
+  const uint32_t order = EnterCall<kPart>(params, kDispatch, &entry, [] {});
+  const LatencyCall call = CallOf<kPart>(params, kDispatch, entry);
+  bool ok = !entry.failed;
+  if (ok) {
+    if (kPart == CallPart::kWhole) {
       if (worker.IsLast()) call.TellHeader(params.sizes.num_devices);
       ids.Send(call);
-      ok = ReceiveTokens(call, params, expander, plan, num_invalid, worker);
     }
-    if (!ok) Poison(params.sizes, params.args, num_expanders);
+    expander.MakeOwn();  // while the peers' choices are on their way
+    ok = ReceiveTokens(call, params, expander, plan, num_invalid, worker);
   }
-  LeaveCall(control, entry, order);
+  if (!ok) Poison(params.sizes, params.args, num_expanders);
+  LeaveCall<kPart>(params, call, entry, order);
 }
 
+// Blocks that send, of `num_blocks`.
 template <typename TokenPiece>
+int NumTokenSenders(CallPart part, int num_blocks, int num_devices, int64_t jobs) {
+  if (part == CallPart::kDone) return 0;
+  const bool whole = part == CallPart::kWhole;
+  if (whole && num_devices == 1) return 0;
+  const int64_t wanted = (jobs + kPiecesPerSender - 1) / kPiecesPerSender;
+  const int64_t most = whole ? num_blocks * TokenPiece::kSenderPercent / 100 : num_blocks;
+  const int64_t senders = wanted < most ? wanted : most;
+  return senders < 1 ? 1 : static_cast<int>(senders);
+}
+
+template <typename TokenPiece, CallPart kPart>
 cudaError_t Launch(cudaStream_t stream, int num_blocks, const Peers& peers, const Layout& layout,
                    const Sizes& sizes, const DispatchArgs& args) {
-  const int shared_bytes = LocalPlan::SharedBytes(sizes);
-  const cudaError_t error = cudaFuncSetAttribute(
-      LatencyDispatchKernel<TokenPiece>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  const auto kernel = LatencyDispatchKernel<TokenPiece, kPart>;
+  const int shared_bytes = kPart == CallPart::kStart ? 0 : LocalPlan::SharedBytes(sizes);
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) return error;
   const int pieces = TokenPiece::NumOf(sizes, args.wire);
   const int64_t jobs = int64_t{sizes.num_tokens} * pieces;
-  int num_senders = 0;
-  if (sizes.num_devices > 1) {
-    const int64_t wanted = (jobs + kPiecesPerSender - 1) / kPiecesPerSender;
-    const int64_t most = num_blocks * kSenderPercent / 100;
-    num_senders = static_cast<int>(wanted < most ? wanted : most);
-    if (num_senders < 1) num_senders = 1;
-  }
+  const int num_senders = NumTokenSenders<TokenPiece>(kPart, num_blocks, sizes.num_devices, jobs);
   // No more blocks than have a piece to do.
-  const int64_t all = jobs * sizes.num_devices;
+  const int64_t all = kPart == CallPart::kStart ? 0 : jobs * sizes.num_devices;
   const int rest = num_blocks - num_senders;
   const int num_expanders = all < rest ? static_cast<int>(all) : rest;
   const Params params(peers, layout, sizes, args, num_senders, pieces);
-  LatencyDispatchKernel<TokenPiece>
-      <<<num_expanders + num_senders, kLatencyThreads, shared_bytes, stream>>>(params);
+  kernel<<<num_expanders + num_senders, kLatencyThreads, shared_bytes, stream>>>(params);
   return cudaGetLastError();
+}
+
+template <CallPart kPart>
+cudaError_t LaunchPart(cudaStream_t stream, int num_blocks, const Peers& peers,
+                       const Layout& layout, const Sizes& sizes, const DispatchArgs& args) {
+  const auto launch = [&]() -> decltype(&Launch<PlainToken, kPart>) {
+    if (args.wire.format == kWirePlain) return Launch<PlainToken, kPart>;
+    switch (args.wire.type) {
+      case RowType::kBf16:
+        return Launch<QuantizedToken<__nv_bfloat16>, kPart>;
+      case RowType::kF16:
+        return Launch<QuantizedToken<__half>, kPart>;
+      case RowType::kF32:
+        return Launch<QuantizedToken<float>, kPart>;
+    }
+    return nullptr;
+  }();
+  if (launch == nullptr) return cudaErrorInvalidValue;
+  return launch(stream, num_blocks, peers, layout, sizes, args);
 }
 
 }  // namespace
@@ -391,18 +362,16 @@ cudaError_t Launch(cudaStream_t stream, int num_blocks, const Peers& peers, cons
 cudaError_t LaunchLatencyDispatch(cudaStream_t stream, int num_blocks, const Peers& peers,
                                   const Layout& layout, const Sizes& sizes,
                                   const DispatchArgs& args) {
-  if (args.wire.format == kWirePlain) {
-    return Launch<PlainToken>(stream, num_blocks, peers, layout, sizes, args);
-  }
-  switch (args.wire.type) {
-    case RowType::kBf16:
-      return Launch<QuantizedToken<__nv_bfloat16>>(stream, num_blocks, peers, layout, sizes, args);
-    case RowType::kF16:
-      return Launch<QuantizedToken<__half>>(stream, num_blocks, peers, layout, sizes, args);
-    case RowType::kF32:
-      return Launch<QuantizedToken<float>>(stream, num_blocks, peers, layout, sizes, args);
-  }
-  return cudaErrorInvalidValue;
+  return LaunchPart<CallPart::kWhole>(stream, num_blocks, peers, layout, sizes, args);
+}
+cudaError_t LaunchDispatchStart(cudaStream_t stream, int num_blocks, const Peers& peers,
+                                const Layout& layout, const Sizes& sizes,
+                                const DispatchArgs& args) {
+  return LaunchPart<CallPart::kStart>(stream, num_blocks, peers, layout, sizes, args);
+}
+cudaError_t LaunchDispatchDone(cudaStream_t stream, int num_blocks, const Peers& peers,
+                               const Layout& layout, const Sizes& sizes, const DispatchArgs& args) {
+  return LaunchPart<CallPart::kDone>(stream, num_blocks, peers, layout, sizes, args);
 }
 
 }  // namespace jaxmoe::cuda

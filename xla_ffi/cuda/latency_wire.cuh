@@ -18,12 +18,17 @@ using DispatchParams = LatencyParams<DispatchArgs>;
 // In the dtype of the tokens, whatever that is.
 class PlainToken {
  public:
+  static constexpr int kSenderPercent = 18;  // of the blocks, at most
+
   static int NumOf(const Sizes& sizes, const WireArgs&) { return Wire::NumOf(sizes.row_bytes); }
 
   __device__ void Load(const DispatchParams& params, int token, int part) {
     piece_.Load(params.args.tokens + size_t(token) * params.sizes.row_bytes, SpanOf(params, part));
   }
-  __device__ void Close(const DispatchParams&) { piece_.Close(); }
+  // What was loaded, as it crosses the wire.
+  __device__ void Encode(const DispatchParams&) {}
+  // The same, closed for sending.
+  __device__ void Close() { piece_.Close(); }
   __device__ void Send(const DispatchParams& params, char* wire, int part) const {
     piece_.Send(wire, params.sizes.row_bytes, SpanOf(params, part));
   }
@@ -34,8 +39,8 @@ class PlainToken {
                           char* wire, int part) {
     return piece_.Receive(call, peer, wire, params.sizes.row_bytes, SpanOf(params, part));
   }
-  // What was loaded or received becomes a piece of a row.
-  __device__ void MakeRow(const DispatchParams&, bool) {}
+  // What was encoded or received becomes a piece of a row.
+  __device__ void MakeRow(const DispatchParams&) {}
   // Instead of what did not come.
   __device__ void Poison() { piece_.Poison(); }
   __device__ void Store(const DispatchParams& params, int row, int part) const {
@@ -64,6 +69,8 @@ class PlainToken {
 template <typename T>
 class QuantizedToken {
  public:
+  static constexpr int kSenderPercent = 15;
+
   static int NumOf(const Sizes&, const WireArgs& wire) { return Layout::CodeBatches(wire.dim); }
 
   __device__ void Load(const DispatchParams& params, int token, int part) {
@@ -78,8 +85,23 @@ class QuantizedToken {
       }
     }
   }
-  __device__ void Close(const DispatchParams& params) {
-    Quantize(params.args.wire);
+  __device__ void Encode(const DispatchParams& params) {
+    const bool power_of_two = params.args.wire.format == kWirePowerOfTwo;
+    bool odd = false;
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      scales_[s] = quantize::Float(numbers_[s].Scale(power_of_two, &odd));
+      codes_[s] = numbers_[s].Codes(__frcp_rn(scales_[s]));
+    }
+    if (!__any_sync(~0u, odd)) return;
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      const auto result = Numbers::ToOddCodes(numbers_[s], power_of_two);
+      codes_[s] = result.codes;
+      scales_[s] = result.scale;
+    }
+  }
+  __device__ void Close() {
     uint64_t words = 0;
     const int block = threadIdx.x % 32 - 1;
 #pragma unroll
@@ -111,8 +133,7 @@ class QuantizedToken {
     }
     return true;
   }
-  __device__ void MakeRow(const DispatchParams& params, bool own) {
-    if (own) Quantize(params.args.wire);
+  __device__ void MakeRow(const DispatchParams& params) {
     const bool odd = __any_sync(~0u, scales_[0] < 0.0f || scales_[1] < 0.0f);
     if (params.args.wire.row_scales != nullptr) {
       if (odd) HandOverOdd();
@@ -165,22 +186,6 @@ class QuantizedToken {
   // This lane's first number of a step.
   __device__ static int NumberOf(int part, int step) {
     return part * kBatchNumbers + step * kStepNumbers + threadIdx.x % 32 * kLaneNumbers;
-  }
-  __device__ void Quantize(const WireArgs& wire) {
-    const bool power_of_two = wire.format == kWirePowerOfTwo;
-    bool odd = false;
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      scales_[s] = quantize::Float(numbers_[s].Scale(power_of_two, &odd));
-      codes_[s] = numbers_[s].Codes(__frcp_rn(scales_[s]));
-    }
-    if (!__any_sync(~0u, odd)) return;
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      const auto result = Numbers::ToOddCodes(numbers_[s], power_of_two);
-      codes_[s] = result.codes;
-      scales_[s] = result.scale;
-    }
   }
   // To codes and scales of a row in FP8.
   __device__ void HandOverOdd() {

@@ -67,6 +67,7 @@ struct DispatchArgs {
   const int32_t* num_rows;       // [] gradient
   const char* expert_rows;       // [C, D] gradient
   const float* row_weights_in;   // [C] gradient
+  int32_t* pending;              // [4] split: out of the start, and what the done goes by
 };
 
 // combine and the gradient of dispatch.
@@ -79,6 +80,7 @@ struct CombineArgs {
   const int32_t* choice_device;  // [T, K] gradient
   char* tokens;                  // [T, D] out
   float* choice_values;          // [T, K] out, gradient
+  int32_t* pending;              // [4] split: as in dispatch
 };
 
 // Blocks that send, of `num_blocks`: `percent` of them, but eight where there are few, since that
@@ -110,6 +112,19 @@ cudaError_t LaunchLatencyDispatch(cudaStream_t stream, int num_blocks, const Pee
 cudaError_t LaunchLatencyCombine(cudaStream_t stream, int num_blocks, const Peers& peers,
                                  const Layout& layout, const Sizes& sizes, const CombineArgs& args,
                                  RowType type);
+
+// The two halves of those, for calls of which other work lies between sending and receiving. A
+// start needs no results but `pending`, a done all operands of the whole call.
+cudaError_t LaunchDispatchStart(cudaStream_t stream, int num_blocks, const Peers& peers,
+                                const Layout& layout, const Sizes& sizes, const DispatchArgs& args);
+cudaError_t LaunchDispatchDone(cudaStream_t stream, int num_blocks, const Peers& peers,
+                               const Layout& layout, const Sizes& sizes, const DispatchArgs& args);
+cudaError_t LaunchCombineStart(cudaStream_t stream, int num_blocks, const Peers& peers,
+                               const Layout& layout, const Sizes& sizes, const CombineArgs& args,
+                               RowType type);
+cudaError_t LaunchCombineDone(cudaStream_t stream, int num_blocks, const Peers& peers,
+                              const Layout& layout, const Sizes& sizes, const CombineArgs& args,
+                              RowType type);
 
 // Whether a call takes the low-latency kernels, which need plain stores to all peers.
 inline bool TakesLatencyKernels(const Peers& peers, const Layout& layout, const Sizes& sizes) {

@@ -5,7 +5,8 @@
 // the half that its epoch's parity picks (see protocol.cuh for why that suffices). A device's own
 // slot [rank] receives nothing but its tokens in FP8, where they cross the wire so; from there it
 // puts what plain stores cannot bring to a peer. The low-latency kernels have data regions of their
-// own, for what lies there says whether it has come (see latency.cuh).
+// own, for what lies there says whether it has come (see latency.cuh), with further parts for calls
+// that are split into start and done (see latency_entry.cuh).
 
 #ifndef JAXMOE_XLA_FFI_CUDA_LAYOUT_H_
 #define JAXMOE_XLA_FFI_CUDA_LAYOUT_H_
@@ -51,6 +52,8 @@ constexpr int kIdsPerVector = 5;
 // Most choices of all devices in a call of the low-latency kernels: each block has all of them in
 // its shared memory.
 constexpr int kMaxLatencyChoices = 16384;
+// Most calls of a group between their start and their done.
+constexpr int kMaxPending = 8;
 
 struct GroupSizes {
   int num_devices;        // R
@@ -60,12 +63,13 @@ struct GroupSizes {
   int row_bytes;          // of a token; a multiple of 16
   int puts;               // 1 if some peer is out of reach of plain stores: partial sums are staged
   int latency_tokens;     // calls of up to so many tokens take the low-latency kernels; 0: none
+  int max_pending;        // so many of those may be between start and done; 0: none is split
 };
 
 struct Layout {
   // Offsets in bytes.
   size_t control;       // Control
-  size_t headers;       // [2][R] u64: what call device s is in
+  size_t headers;       // [parts][R] u64: what call device s is in
   size_t meta_flags;    // [R][kMetaParts] u64
   size_t chunk_flags;   // [2][R][chunks] u64
   size_t block_counts;  // [kMaxBlocks][L] int32, local scratch
@@ -73,12 +77,13 @@ struct Layout {
   size_t weights;       // [2][R][max_tokens * K] float32
   size_t rows;          // [2][R][max_tokens] rows
   size_t staging;       // [kMaxBlocks][kChunkSlots] chunks that are put; local
-  size_t latency_ids;   // [2][R][IdVectors(latency_tokens * K)] vectors of 16 bytes
-  size_t latency_rows;  // [2][R][latency_tokens] wire rows
+  size_t latency_ids;   // [parts][R][IdVectors(latency_tokens * K)] vectors of 16 bytes
+  size_t latency_rows;  // [parts][R][latency_tokens] wire rows
   size_t bytes;         // of the whole heap
 
   int num_devices, chunks, choices, row_bytes, max_tokens, top_k;
   int latency_tokens, id_vectors, wire_row_bytes;  // of the low-latency kernels, for each device
+  int max_pending;
 
   JAXMOE_HOST_DEVICE static size_t Align(size_t n) { return (n + 255) / 256 * 256; }
 
@@ -91,8 +96,9 @@ struct Layout {
         top_k(g.top_k),
         latency_tokens(g.latency_tokens),
         id_vectors(IdVectors(g.latency_tokens * g.top_k)),
-        wire_row_bytes((WireRowBytes(g.row_bytes, g.top_k) + 127) / 128 * 128) {
-    const size_t r = g.num_devices;
+        wire_row_bytes((WireRowBytes(g.row_bytes, g.top_k) + 127) / 128 * 128),
+        max_pending(g.max_pending) {
+    const size_t r = g.num_devices, parts = 2 + NumSplitParts(g.max_pending);
     size_t end = 0;
     auto region = [&end](size_t n) {
       const size_t at = end;
@@ -100,7 +106,7 @@ struct Layout {
       return at;
     };
     control = region(4096);
-    headers = region(2 * r * 8);
+    headers = region(parts * r * 8);
     meta_flags = region(r * kMetaParts * 8);
     chunk_flags = region(2 * r * chunks * 8);
     block_counts = region(size_t{kMaxBlocks} * g.num_local_experts * 4);
@@ -108,9 +114,17 @@ struct Layout {
     weights = region(2 * r * choices * 4);
     rows = region(2 * r * size_t(max_tokens) * row_bytes);
     staging = region(g.puts ? size_t{kMaxBlocks} * kChunkSlots * StagingBytes() : 0);
-    latency_ids = region(2 * r * size_t(id_vectors) * 16);
-    latency_rows = region(2 * r * size_t(latency_tokens) * wire_row_bytes);
+    latency_ids = region(parts * r * size_t(id_vectors) * 16);
+    latency_rows = region(parts * r * size_t(latency_tokens) * wire_row_bytes);
     bytes = end;
+  }
+
+  // Parts of the headers and of the low-latency regions for split calls, behind the two halves.
+  JAXMOE_HOST_DEVICE static int NumSplitParts(int max_pending) {
+    return max_pending == 0 ? 0 : 2 + 2 * max_pending;
+  }
+  JAXMOE_HOST_DEVICE int SplitPart(uint64_t number) const {
+    return 2 + int(number % NumSplitParts(max_pending));
   }
 
   // A chunk of partial sums, and behind them the values of its choices.
@@ -124,7 +138,8 @@ struct Layout {
     return StagedRow(block, slot, kSumChunkTokens) + size_t(i) * top_k * 4;
   }
 
-  // Byte offsets of what device s writes in the half `parity`.
+  // Byte offsets of what device s writes in the half `parity`; of headers and of the low-latency
+  // regions, `parity` is any part.
   JAXMOE_HOST_DEVICE size_t Header(int parity, int s) const {
     return headers + (size_t(parity) * num_devices + s) * 8;
   }
@@ -198,7 +213,14 @@ struct ErrorRecord {
 enum Operation : int32_t { kDispatch, kCombine, kDispatchGrad, kCombineGrad };
 // A header holds the operation above this many bits of its lower half.
 constexpr int kHeaderOperationShift = 30;
-enum Phase : int32_t { kPhaseHeader = 0, kPhaseMeta = 1, kPhaseRows = 2, kPhaseGrid = 3 };
+enum Phase : int32_t {
+  kPhaseHeader = 0,
+  kPhaseMeta = 1,
+  kPhaseRows = 2,
+  kPhaseGrid = 3,
+  kPhaseStart = 4,  // no wait: a start while too many calls are pending
+  kPhaseDone = 5,   // no wait: a done without its start
+};
 
 // First region of the heap; only its own device touches it.
 struct Control {
@@ -211,6 +233,8 @@ struct Control {
   uint32_t tickets;          // drawn in the call in progress; the last block resets it
   uint64_t planned;          // the latest epoch whose plan is complete
   uint32_t entered;          // blocks of a low-latency call in progress; the last one resets it
+  uint64_t started;          // split calls, ever
+  uint64_t pending;          // bit i: that in part i of the split ones is not done
 };
 
 }  // namespace jaxmoe::cuda

@@ -71,14 +71,16 @@ struct Call {
   const Layout& layout;
   int32_t operation;  // an Operation
   uint64_t epoch;     // of this call
-  int parity;
+  int parity;         // the part of the regions that it uses
 
   __device__ Call(const Peers& p, const Layout& l, int op) : peers(p), layout(l), operation(op) {
     epoch = *reinterpret_cast<volatile uint64_t*>(&control()->epoch) + 1;
     parity = epoch & 1;
   }
   __device__ Call(const Peers& p, const Layout& l, int op, uint64_t e)
-      : peers(p), layout(l), operation(op), epoch(e), parity(e & 1) {}
+      : Call(p, l, op, e, int(e & 1)) {}
+  __device__ Call(const Peers& p, const Layout& l, int op, uint64_t e, int part)
+      : peers(p), layout(l), operation(op), epoch(e), parity(part) {}
 
   __device__ Control* control() const {
     return reinterpret_cast<Control*>(peers.heap[peers.rank] + layout.control);

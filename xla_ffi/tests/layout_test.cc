@@ -12,9 +12,10 @@ namespace jaxmoe::cuda {
 namespace {
 
 const std::vector<GroupSizes> kSizes = {
-    {1, 4, 1, 1, 16, 0, 1},       {2, 128, 4096, 8, 14336, 0, 512}, {8, 32, 4096, 8, 14336, 0, 0},
-    {72, 4, 129, 32, 16, 0, 7},   {4, 2048, 5, 3, 48, 1, 0},        {8, 32, 128, 8, 14336, 1, 0},
-    {2, 1, 65536, 2, 4096, 1, 0}, {3, 6, 50, 5, 528, 0, 33},
+    {1, 4, 1, 1, 16, 0, 1, 0},        {2, 128, 4096, 8, 14336, 0, 512, 2},
+    {8, 32, 4096, 8, 14336, 0, 0, 0}, {72, 4, 129, 32, 16, 0, 7, 1},
+    {4, 2048, 5, 3, 48, 1, 0, 0},     {8, 32, 128, 8, 14336, 1, 0, 0},
+    {2, 1, 65536, 2, 4096, 1, 0, 0},  {3, 6, 50, 5, 528, 0, 33, kMaxPending},
 };
 
 struct Region {
@@ -23,11 +24,11 @@ struct Region {
 
 // What the functions of the layout reach in each region, in the order of the layout.
 std::vector<Region> Reached(const Layout& l, const GroupSizes& g) {
-  const int last = g.num_devices - 1;
+  const int last = g.num_devices - 1, part = 1 + Layout::NumSplitParts(g.max_pending);
   const size_t choices = size_t(g.max_tokens) * g.top_k;
   std::vector<Region> regions = {
       {l.control, l.control + sizeof(Control)},
-      {l.Header(0, 0), l.Header(1, last) + 8},
+      {l.Header(0, 0), l.Header(part, last) + 8},
       {l.MetaFlag(0, 0), l.MetaFlag(last, kMetaParts - 1) + 8},
       {l.ChunkFlag(0, 0, 0),
        l.ChunkFlag(1, last, (g.max_tokens + kSumChunkTokens - 1) / kSumChunkTokens - 1) + 8},
@@ -44,8 +45,8 @@ std::vector<Region> Reached(const Layout& l, const GroupSizes& g) {
   if (g.latency_tokens > 0) {
     const int slot = g.latency_tokens - 1, choices_sent = g.latency_tokens * g.top_k;
     regions.push_back(
-        {l.IdVector(0, 0, 0), l.IdVector(1, last, (choices_sent - 1) / kIdsPerVector) + 16});
-    regions.push_back({l.WireRow(0, 0, 0), l.WireRow(1, last, slot) +
+        {l.IdVector(0, 0, 0), l.IdVector(part, last, (choices_sent - 1) / kIdsPerVector) + 16});
+    regions.push_back({l.WireRow(0, 0, 0), l.WireRow(part, last, slot) +
                                                Layout::WireWeight(g.row_bytes, g.top_k - 1) + 8});
   }
   return regions;
@@ -104,9 +105,26 @@ TEST(WireRowsAreAligned) {
   }
 }
 
+// So many split calls in a row have parts of their own, apart from the two halves.
+TEST(SplitCallsHaveParts) {
+  for (const GroupSizes& sizes : kSizes) {
+    const Layout layout(sizes);
+    const int num = Layout::NumSplitParts(sizes.max_pending);
+    if (sizes.max_pending == 0) {
+      CHECK_EQ(num, 0);
+      continue;
+    }
+    CHECK_EQ(num, 2 + 2 * sizes.max_pending);
+    std::vector<int> seen(2 + num);
+    for (int i = 0; i < num; ++i) ++seen[layout.SplitPart((uint64_t{1} << 40) + i)];
+    for (int part = 0; part < 2 + num; ++part) CHECK_EQ(seen[part], part < 2 ? 0 : 1);
+  }
+  CHECK(Layout::NumSplitParts(kMaxPending) <= 64);  // bits of Control::pending
+}
+
 // Two halves of R rows of each token, and little else.
 TEST(HeapOfEightDevices) {
-  const Layout layout({8, 32, 4096, 8, 14336, 0, 0});
+  const Layout layout({8, 32, 4096, 8, 14336, 0, 0, 0});
   const double rows = 2.0 * 8 * 4096 * 14336;
   CHECK(layout.bytes >= rows);
   CHECK(layout.bytes < 1.02 * rows);
