@@ -183,6 +183,20 @@ std::string DescribeError(const Member& member) {
                   "must run the same program, with their calls in the same order",
                   end);
   }
+  if (e.phase == kPhaseStart) {
+    return Concat(call, "start while ", e.seen,
+                  " calls of the group are between their start and "
+                  "their done, which has max_pending=",
+                  e.expected,
+                  ". Make the group with more, or let the start depend on an earlier done (XLA "
+                  "may begin independent ones in any order)",
+                  end);
+  }
+  if (e.phase == kPhaseDone) {
+    const char* why = e.wrong ? "it is of another call (site=, number of tokens or operation)"
+                              : "no start of this group is waiting for it; each can be done once";
+    return Concat(call, "done of a pending call that is not one: ", why, end);
+  }
   return Concat(call, "timed out after ", member.peers.timeout_ns * 1e-9, " s waiting for ",
                 kPhases[e.phase & 3], " (device ", e.peer, "): expected ", e.expected, ", seen ",
                 e.seen, end);

@@ -5,6 +5,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -84,34 +85,62 @@ ffi::Error Status(cudaError_t error) {
   return ffi::Error::Internal(std::string("jaxmoe: launch failed: ") + cudaGetErrorString(error));
 }
 
-// With `row_scales` the rows are handed over in FP8.
+// The halves of a split call, and what its kernels cannot take.
+ffi::Error CheckSplit(const Member& m, const Layout& layout, const Sizes& sizes) {
+  if (layout.max_pending > 0 && TakesLatencyKernels(m.peers, layout, sizes)) {
+    return ffi::Error::Success();
+  }
+  return ffi::Error::InvalidArgument(
+      "jaxmoe: a split call of " + std::to_string(sizes.num_tokens) +
+      " tokens, but the group has " +
+      std::to_string(layout.max_pending > 0 && !m.peers.puts ? layout.latency_tokens : 0) +
+      " as the most");
+}
+
+ffi::ErrorOr<DispatchArgs> DispatchOperands(const Config& config, const Rows& x,
+                                            const Ints& expert_ids, const Weights& weights,
+                                            float* row_scales) {
+  auto type = TypeOf(x.element_type());
+  if (type.has_error()) return ffi::Unexpected(type.error());
+  DispatchArgs args = {};
+  args.site = static_cast<uint32_t>(config.site);
+  args.tokens = Bytes(x);
+  args.expert_ids = expert_ids.typed_data();
+  args.weights = weights.typed_data();
+  args.wire = {static_cast<WireFormat>(config.wire), *type, static_cast<int>(x.dimensions()[1]),
+               row_scales};
+  return args;
+}
+
+// With `row_scales` the rows are handed over in FP8. With `pending` the second half of a split
+// call.
 ffi::Error DispatchRows(cudaStream_t stream, int32_t device, const Config& config, const Rows& x,
                         const Ints& expert_ids, const Weights& weights, RowsOut rows,
                         WeightsOut row_weights, IntsOut group_sizes, IntsOut num_rows,
                         IntsOut num_dropped, IntsOut num_invalid, IntsOut row_map,
-                        IntsOut row_source, IntsOut choice_device, float* row_scales) {
-  auto type = TypeOf(x.element_type());
-  if (type.has_error()) return type.error();
+                        IntsOut row_source, IntsOut choice_device, float* row_scales,
+                        const Ints* pending = nullptr) {
+  auto operands = DispatchOperands(config, x, expert_ids, weights, row_scales);
+  if (operands.has_error()) return operands.error();
   auto member = MemberOf(config, device, stream);
   if (member.has_error()) return member.error();
-  DispatchArgs args = {};
-  args.site = static_cast<uint32_t>(config.site);
-  args.tokens = Bytes(x);
+  DispatchArgs args = *operands;
   args.rows = Bytes(rows);
   args.row_weights = row_weights->typed_data();
   args.plan = {group_sizes->typed_data(),  num_rows->typed_data(), num_dropped->typed_data(),
                num_invalid->typed_data(),  row_map->typed_data(),  row_source->typed_data(),
                choice_device->typed_data()};
-  args.expert_ids = expert_ids.typed_data();
-  args.weights = weights.typed_data();
-  args.wire = {static_cast<WireFormat>(config.wire), *type, static_cast<int>(x.dimensions()[1]),
-               row_scales};
   const Sizes sizes = SizesOf(config, x.dimensions()[0], row_weights->dimensions()[0],
                               x.dimensions()[1], x.element_type());
   const Member& m = **member;
   const Layout layout = m.layout();
-  const auto launch =
+  auto launch =
       TakesLatencyKernels(m.peers, layout, sizes) ? LaunchLatencyDispatch : LaunchDispatch;
+  if (pending != nullptr) {
+    if (auto error = CheckSplit(m, layout, sizes); error.failure()) return error;
+    args.pending = const_cast<int32_t*>(pending->typed_data());
+    launch = LaunchDispatchDone;
+  }
   return Status(launch(stream, m.num_blocks, m.peers, layout, sizes, args));
 }
 
@@ -134,8 +163,45 @@ ffi::Error DispatchFp8Rows(cudaStream_t stream, int32_t device, Config config, I
                       choice_device, row_scales->typed_data());
 }
 
+ffi::Error DispatchStart(cudaStream_t stream, int32_t device, Config config, Ints, Rows x,
+                         Ints expert_ids, Weights weights, IntsOut pending) {
+  auto operands = DispatchOperands(config, x, expert_ids, weights, nullptr);
+  if (operands.has_error()) return operands.error();
+  auto member = MemberOf(config, device, stream);
+  if (member.has_error()) return member.error();
+  DispatchArgs args = *operands;
+  args.pending = pending->typed_data();
+  const Sizes sizes = SizesOf(config, x.dimensions()[0], 0, x.dimensions()[1], x.element_type());
+  const Member& m = **member;
+  const Layout layout = m.layout();
+  if (auto error = CheckSplit(m, layout, sizes); error.failure()) return error;
+  return Status(LaunchDispatchStart(stream, m.num_blocks, m.peers, layout, sizes, args));
+}
+
+ffi::Error DispatchDone(cudaStream_t stream, int32_t device, Config config, Ints, Ints pending,
+                        Rows x, Ints expert_ids, Weights weights, RowsOut rows,
+                        WeightsOut row_weights, IntsOut group_sizes, IntsOut num_rows,
+                        IntsOut num_dropped, IntsOut num_invalid, IntsOut row_map,
+                        IntsOut row_source, IntsOut choice_device) {
+  return DispatchRows(stream, device, config, x, expert_ids, weights, rows, row_weights,
+                      group_sizes, num_rows, num_dropped, num_invalid, row_map, row_source,
+                      choice_device, nullptr, &pending);
+}
+
+ffi::Error DispatchFp8RowsDone(cudaStream_t stream, int32_t device, Config config, Ints,
+                               Ints pending, Rows x, Ints expert_ids, Weights weights, RowsOut rows,
+                               WeightsOut row_weights, IntsOut group_sizes, IntsOut num_rows,
+                               IntsOut num_dropped, IntsOut num_invalid, IntsOut row_map,
+                               IntsOut row_source, IntsOut choice_device, WeightsOut row_scales) {
+  return DispatchRows(stream, device, config, x, expert_ids, weights, rows, row_weights,
+                      group_sizes, num_rows, num_dropped, num_invalid, row_map, row_source,
+                      choice_device, row_scales->typed_data(), &pending);
+}
+
+// With `part` one half of a split call.
 ffi::Error LaunchSum(cudaStream_t stream, int32_t device, const Config& config, const Rows& rows,
-                     const Ints& row_map, CombineArgs args) {
+                     const Ints& row_map, CombineArgs args,
+                     decltype(&LaunchCombine) part = nullptr) {
   auto member = MemberOf(config, device, stream);
   if (member.has_error()) return member.error();
   auto type = TypeOf(rows.element_type());
@@ -148,9 +214,12 @@ ffi::Error LaunchSum(cudaStream_t stream, int32_t device, const Config& config, 
   const Member& m = **member;
   const Layout layout = m.layout();
   const bool gradient = args.row_values != nullptr;
-  const auto launch = !gradient && TakesLatencyKernels(m.peers, layout, sizes)
-                          ? LaunchLatencyCombine
-                          : LaunchCombine;
+  auto launch = !gradient && TakesLatencyKernels(m.peers, layout, sizes) ? LaunchLatencyCombine
+                                                                         : LaunchCombine;
+  if (part != nullptr) {
+    if (auto error = CheckSplit(m, layout, sizes); error.failure()) return error;
+    launch = part;
+  }
   return Status(launch(stream, m.num_blocks, m.peers, layout, sizes, args, *type));
 }
 
@@ -160,6 +229,23 @@ ffi::Error Combine(cudaStream_t stream, int32_t device, Config config, Ints, Row
   args.row_weights = row_weights.typed_data();
   args.tokens = Bytes(y);
   return LaunchSum(stream, device, config, expert_rows, row_map, args);
+}
+
+ffi::Error CombineStart(cudaStream_t stream, int32_t device, Config config, Ints, Rows expert_rows,
+                        Weights row_weights, Ints row_map, IntsOut pending) {
+  CombineArgs args = {};
+  args.row_weights = row_weights.typed_data();
+  args.pending = pending->typed_data();
+  return LaunchSum(stream, device, config, expert_rows, row_map, args, LaunchCombineStart);
+}
+
+ffi::Error CombineDone(cudaStream_t stream, int32_t device, Config config, Ints, Ints pending,
+                       Rows expert_rows, Weights row_weights, Ints row_map, RowsOut y) {
+  CombineArgs args = {};
+  args.row_weights = row_weights.typed_data();
+  args.pending = const_cast<int32_t*>(pending.typed_data());
+  args.tokens = Bytes(y);
+  return LaunchSum(stream, device, config, expert_rows, row_map, args, LaunchCombineDone);
 }
 
 ffi::Error DispatchGrad(cudaStream_t stream, int32_t device, Config config, Ints, Rows d_rows,
@@ -207,20 +293,21 @@ auto BindCall() {
       .Arg<Ints>();  // where: used on the host only
 }
 
-auto BindDispatch() {
-  return BindCall()
-      .Arg<Rows>()     // x [T, D]
-      .Arg<Ints>()     // expert_ids [T, K]
-      .Arg<Weights>()  // weights [T, K]
-      .Ret<Rows>()     // rows [C, D]
-      .Ret<Weights>()  // row_weights [C]
-      .Ret<Ints>()     // group_sizes [L]
-      .Ret<Ints>()     // num_rows []
-      .Ret<Ints>()     // num_dropped []
-      .Ret<Ints>()     // num_invalid []
-      .Ret<Ints>()     // row_map [R, T, K]
-      .Ret<Ints>()     // row_source [C]
-      .Ret<Ints>();    // choice_device [T, K]
+template <typename Binding>
+auto BindDispatch(Binding call) {
+  return std::move(call)
+      .template Arg<Rows>()     // x [T, D]
+      .template Arg<Ints>()     // expert_ids [T, K]
+      .template Arg<Weights>()  // weights [T, K]
+      .template Ret<Rows>()     // rows [C, D]
+      .template Ret<Weights>()  // row_weights [C]
+      .template Ret<Ints>()     // group_sizes [L]
+      .template Ret<Ints>()     // num_rows []
+      .template Ret<Ints>()     // num_dropped []
+      .template Ret<Ints>()     // num_invalid []
+      .template Ret<Ints>()     // row_map [R, T, K]
+      .template Ret<Ints>()     // row_source [C]
+      .template Ret<Ints>();    // choice_device [T, K]
 }
 
 // Copies a message into the caller's buffer.
@@ -240,14 +327,45 @@ int Report(const std::exception& error, char* message, int size) {
   XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, jaxmoe::cuda::function, binding, \
                                 {ffi::Traits::kCmdBufferCompatible})
 
-JAXMOE_HANDLER(jaxmoe_dispatch, Dispatch, jaxmoe::cuda::BindDispatch());
+JAXMOE_HANDLER(jaxmoe_dispatch, Dispatch, jaxmoe::cuda::BindDispatch(jaxmoe::cuda::BindCall()));
 
-JAXMOE_HANDLER(
-    jaxmoe_dispatch_fp8_rows, DispatchFp8Rows,
-    jaxmoe::cuda::BindDispatch().Ret<ffi::Buffer<ffi::F32>>());  // row_scales [C, ceil(D / 128)]
+JAXMOE_HANDLER(jaxmoe_dispatch_fp8_rows, DispatchFp8Rows,
+               jaxmoe::cuda::BindDispatch(jaxmoe::cuda::BindCall())
+                   .Ret<ffi::Buffer<ffi::F32>>());  // row_scales [C, ceil(D / 128)]
 
 JAXMOE_HANDLER(jaxmoe_combine, Combine,
                jaxmoe::cuda::BindCall()
+                   .Arg<ffi::AnyBuffer>()         // expert_rows [C, D]
+                   .Arg<ffi::Buffer<ffi::F32>>()  // row_weights [C]
+                   .Arg<ffi::Buffer<ffi::S32>>()  // row_map [R, T, K]
+                   .Ret<ffi::AnyBuffer>());       // y [T, D]
+
+// What a start hands to its done: pending [4].
+JAXMOE_HANDLER(jaxmoe_dispatch_start, DispatchStart,
+               jaxmoe::cuda::BindCall()
+                   .Arg<ffi::AnyBuffer>()           // x [T, D]
+                   .Arg<ffi::Buffer<ffi::S32>>()    // expert_ids [T, K]
+                   .Arg<ffi::Buffer<ffi::F32>>()    // weights [T, K]
+                   .Ret<ffi::Buffer<ffi::S32>>());  // pending
+
+JAXMOE_HANDLER(jaxmoe_dispatch_done, DispatchDone,
+               jaxmoe::cuda::BindDispatch(
+                   jaxmoe::cuda::BindCall().Arg<ffi::Buffer<ffi::S32>>()));  // pending first
+
+JAXMOE_HANDLER(jaxmoe_dispatch_fp8_rows_done, DispatchFp8RowsDone,
+               jaxmoe::cuda::BindDispatch(jaxmoe::cuda::BindCall().Arg<ffi::Buffer<ffi::S32>>())
+                   .Ret<ffi::Buffer<ffi::F32>>());  // row_scales
+
+JAXMOE_HANDLER(jaxmoe_combine_start, CombineStart,
+               jaxmoe::cuda::BindCall()
+                   .Arg<ffi::AnyBuffer>()           // expert_rows [C, D]
+                   .Arg<ffi::Buffer<ffi::F32>>()    // row_weights [C]
+                   .Arg<ffi::Buffer<ffi::S32>>()    // row_map [R, T, K]
+                   .Ret<ffi::Buffer<ffi::S32>>());  // pending
+
+JAXMOE_HANDLER(jaxmoe_combine_done, CombineDone,
+               jaxmoe::cuda::BindCall()
+                   .Arg<ffi::Buffer<ffi::S32>>()  // pending
                    .Arg<ffi::AnyBuffer>()         // expert_rows [C, D]
                    .Arg<ffi::Buffer<ffi::F32>>()  // row_weights [C]
                    .Arg<ffi::Buffer<ffi::S32>>()  // row_map [R, T, K]

@@ -7,6 +7,8 @@
 // way while the block waits for the choices. Of a split call the start is the senders' work and the
 // choices', the done that of expanders.
 
+#include <algorithm>
+
 #include "xla_ffi/cuda/latency.cuh"
 #include "xla_ffi/cuda/latency_entry.cuh"
 #include "xla_ffi/cuda/latency_ids.cuh"
@@ -19,6 +21,9 @@ namespace jaxmoe::cuda {
 namespace {
 
 using Params = DispatchParams;
+constexpr int kSenderPercent = 18;  // of the blocks, at most, and where that saves a round of the
+constexpr int kFewPercent = 15;     // expanders, which matters for few rounds
+constexpr int kFewRounds = 5;
 constexpr int kPiecesPerSender = 4;
 
 // The device of an expert, or -1.
@@ -124,14 +129,6 @@ class TokenExpander {
     LoadOwn();
   }
 
-  // Makes the row of the first piece, if it is of an own token.
-  __device__ void MakeOwn() {
-    if (job_.source != rank_) return;
-    piece_.Encode(params_);
-    piece_.MakeRow(params_);
-    made_ = true;
-  }
-
   // Starts to load what a peer has sent of the piece, if it is a peer's.
   __device__ void Poll(const LatencyCall& call) {
     if (job_.source < 0 || job_.source == rank_) return;
@@ -139,10 +136,16 @@ class TokenExpander {
     if (HasChoice()) weight_ = LoadWord(WireWeight(call));
   }
 
-  // NaN for what is missing.
-  __device__ void Run(const LatencyCall& call, LocalPlan& plan) {
+  // NaN for what is missing. `plan_rows` makes the plan, by all threads of the block; false if
+  // there is none. What can be done for the first piece without it comes before, while the choices
+  // are on their way.
+  template <typename PlanRows>
+  __device__ bool Run(const LatencyCall& call, LocalPlan& plan, PlanRows plan_rows) {
     bool ok = true;
-    while (job_.source >= 0) {
+    for (bool planned = false;; planned = true) {
+      if (job_.source == rank_) piece_.Encode(params_);
+      if (!planned && !plan_rows()) return false;
+      if (job_.source < 0) return true;
       Expand(call, plan, &ok);
       number_ += stride_;
       job_ = JobAt(number_);
@@ -202,11 +205,9 @@ class TokenExpander {
     if (!*ok) {
       piece_.Poison();
       weight_ = ~uint64_t{0};
-    } else if (rows != 0 && !made_) {
-      if (own) piece_.Encode(params_);
+    } else if (rows != 0) {
       piece_.MakeRow(params_);
     }
-    made_ = false;
     for (unsigned rest = rows; rest != 0; rest &= rest - 1) {
       piece_.Store(params_, __shfl_sync(~0u, row, __ffs(rest) - 1), job_.part);
     }
@@ -242,7 +243,6 @@ class TokenExpander {
   int number_;
   Job job_;
   TokenPiece piece_;
-  bool made_ = false;    // the piece is one of a row
   int id_ = 0;           // of the choice that this lane describes
   uint64_t weight_ = 0;  // its weight, with a mark if it has come over the wire
 };
@@ -252,14 +252,15 @@ template <typename TokenPiece>
 __device__ bool ReceiveTokens(const LatencyCall& call, const Params& params,
                               TokenExpander<TokenPiece>& expander, LocalPlan& plan, int num_invalid,
                               const Worker& worker) {
-  bool ok = true;
-  ReceiveIds(call, params, plan.words(), &ok);
-  expander.Poll(call);  // what is sent with the ids comes with them
-  if (!__syncthreads_and(ok)) return false;
-  plan.Make();
-  WriteRest(params, plan, num_invalid, worker);
-  expander.Run(call, plan);
-  return true;
+  return expander.Run(call, plan, [&] {
+    bool ok = true;
+    ReceiveIds(call, params, plan.words(), &ok);
+    expander.Poll(call);  // what is sent with the ids comes with them
+    if (!__syncthreads_and(ok)) return false;
+    plan.Make();
+    WriteRest(params, plan, num_invalid, worker);
+    return true;
+  });
 }
 
 template <typename TokenPiece, CallPart kPart>
@@ -299,23 +300,27 @@ __global__ __launch_bounds__(kLatencyThreads,
       if (worker.IsLast()) call.TellHeader(params.sizes.num_devices);
       ids.Send(call);
     }
-    expander.MakeOwn();  // while the peers' choices are on their way
     ok = ReceiveTokens(call, params, expander, plan, num_invalid, worker);
   }
   if (!ok) Poison(params.sizes, params.args, num_expanders);
   LeaveCall<kPart>(params, call, entry, order);
 }
 
-// Blocks that send, of `num_blocks`.
-template <typename TokenPiece>
+// Blocks that send, of `num_blocks`, where each device has `jobs` pieces.
 int NumTokenSenders(CallPart part, int num_blocks, int num_devices, int64_t jobs) {
-  if (part == CallPart::kDone) return 0;
-  const bool whole = part == CallPart::kWhole;
-  if (whole && num_devices == 1) return 0;
-  const int64_t wanted = (jobs + kPiecesPerSender - 1) / kPiecesPerSender;
-  const int64_t most = whole ? num_blocks * TokenPiece::kSenderPercent / 100 : num_blocks;
-  const int64_t senders = wanted < most ? wanted : most;
-  return senders < 1 ? 1 : static_cast<int>(senders);
+  if (part == CallPart::kDone || (part == CallPart::kWhole && num_devices == 1)) return 0;
+  const int64_t wanted = std::max<int64_t>(1, (jobs + kPiecesPerSender - 1) / kPiecesPerSender);
+  if (part == CallPart::kStart) return static_cast<int>(std::min<int64_t>(wanted, num_blocks));
+  const int64_t most = std::max(1, num_blocks * kSenderPercent / 100);
+  if (wanted < most) return static_cast<int>(wanted);
+  // The expanders' warps take a piece each in a round.
+  const int64_t all = jobs * num_devices, warps = (num_blocks - most) * kLatencyWarps;
+  const int64_t rounds = (all + warps - 1) / warps - 1;  // one less than there are now
+  if (rounds < 1 || rounds >= kFewRounds) return static_cast<int>(most);
+  const int64_t per_round = rounds * kLatencyWarps;
+  const int64_t fewer = num_blocks - (all + per_round - 1) / per_round;
+  const bool enough = fewer >= 1 && fewer * 100 >= int64_t{num_blocks} * kFewPercent;
+  return static_cast<int>(enough ? fewer : most);
 }
 
 template <typename TokenPiece, CallPart kPart>
@@ -328,7 +333,7 @@ cudaError_t Launch(cudaStream_t stream, int num_blocks, const Peers& peers, cons
   if (error != cudaSuccess) return error;
   const int pieces = TokenPiece::NumOf(sizes, args.wire);
   const int64_t jobs = int64_t{sizes.num_tokens} * pieces;
-  const int num_senders = NumTokenSenders<TokenPiece>(kPart, num_blocks, sizes.num_devices, jobs);
+  const int num_senders = NumTokenSenders(kPart, num_blocks, sizes.num_devices, jobs);
   // No more blocks than have a piece to do.
   const int64_t all = kPart == CallPart::kStart ? 0 : jobs * sizes.num_devices;
   const int rest = num_blocks - num_senders;

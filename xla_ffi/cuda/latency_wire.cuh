@@ -18,8 +18,6 @@ using DispatchParams = LatencyParams<DispatchArgs>;
 // In the dtype of the tokens, whatever that is.
 class PlainToken {
  public:
-  static constexpr int kSenderPercent = 18;  // of the blocks, at most
-
   static int NumOf(const Sizes& sizes, const WireArgs&) { return Wire::NumOf(sizes.row_bytes); }
 
   __device__ void Load(const DispatchParams& params, int token, int part) {
@@ -69,8 +67,6 @@ class PlainToken {
 template <typename T>
 class QuantizedToken {
  public:
-  static constexpr int kSenderPercent = 15;
-
   static int NumOf(const Sizes&, const WireArgs& wire) { return Layout::CodeBatches(wire.dim); }
 
   __device__ void Load(const DispatchParams& params, int token, int part) {
