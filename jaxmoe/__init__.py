@@ -17,8 +17,14 @@ _HOME = {
     "RouterBias": "jaxmoe.nnx",
     "RouterConfig": "jaxmoe.routing",
     "Routing": "jaxmoe.routing",
+    "Pending": "jaxmoe.split",
+    "between": "jaxmoe.split",
     "combine": "jaxmoe.ops",
+    "combine_done": "jaxmoe.split",
+    "combine_start": "jaxmoe.split",
     "dispatch": "jaxmoe.ops",
+    "dispatch_done": "jaxmoe.split",
+    "dispatch_start": "jaxmoe.split",
     "grouped_matmul": "jaxmoe.products",
     "route": "jaxmoe.routing",
     "update_bias": "jaxmoe.routing",
@@ -43,6 +49,12 @@ if TYPE_CHECKING:
     from jaxmoe.routing import Routing as Routing
     from jaxmoe.routing import route as route
     from jaxmoe.routing import update_bias as update_bias
+    from jaxmoe.split import Pending as Pending
+    from jaxmoe.split import between as between
+    from jaxmoe.split import combine_done as combine_done
+    from jaxmoe.split import combine_start as combine_start
+    from jaxmoe.split import dispatch_done as dispatch_done
+    from jaxmoe.split import dispatch_start as dispatch_start
     from jaxmoe.transport.failures import ExchangeError as ExchangeError
     from jaxmoe.wire import QuantizedRows as QuantizedRows
 else:

@@ -34,6 +34,14 @@ TARGETS = (
     "jaxmoe_dispatch_grad",
     "jaxmoe_combine_grad",
 )
+# Calls in two halves; for GPUs.
+SPLIT_TARGETS = (
+    "jaxmoe_dispatch_start",
+    "jaxmoe_dispatch_done",
+    "jaxmoe_dispatch_fp8_rows_done",
+    "jaxmoe_combine_start",
+    "jaxmoe_combine_done",
+)
 PRODUCT_TARGETS = (
     "jaxmoe_grouped_matmul",
     "jaxmoe_grouped_input_grad",
@@ -54,12 +62,12 @@ def register(
 ) -> None:
     """Make a library's handlers known to XLA, and before them the types of the state they keep.
 
-    `handlers` maps each of `TARGETS` to its capsules by stage.
+    `handlers` maps targets to their capsules by stage: `TARGETS`, on GPUs also `SPLIT_TARGETS`.
     """
     for name, registration in types.items():
         jax.ffi.register_ffi_type(name, registration, platform=platform)
-    for target in TARGETS:
-        jax.ffi.register_ffi_target(target + suffix, handlers[target], platform=platform)
+    for target, handler in handlers.items():
+        jax.ffi.register_ffi_target(target + suffix, handler, platform=platform)
 
 
 def register_products(lib: Any) -> None:
@@ -77,9 +85,45 @@ def dispatch(
     weights: Float32[Array, "T K"],
 ) -> tuple[Any, Float32[Array, " C"], Plan]:
     """Custom call for `reference.dispatch`."""
-    num_tokens, top_k = expert_ids.shape
-    if num_tokens == 0:  # XLA drops calls on empty arrays, on all devices alike
+    if x.shape[0] == 0:  # XLA drops calls on empty arrays, on all devices alike
         return reference.dispatch(group, site, x, expert_ids, weights)
+    return _dispatch(group, site, "jaxmoe_dispatch{}", (x, expert_ids, weights))
+
+
+def dispatch_start(
+    group: ExpertParallel, site: int, x: jax.Array, expert_ids: jax.Array, weights: jax.Array
+) -> Int32[Array, " 4"]:
+    """Send tokens. What `dispatch_done` goes by."""
+    return _start("jaxmoe_dispatch_start", group, site, (x, expert_ids, weights))
+
+
+def dispatch_done(
+    group: ExpertParallel,
+    site: int,
+    token: Int32[Array, " 4"],
+    x: Float[Array, "T D"],
+    expert_ids: Int32[Array, "T K"],
+    weights: Float32[Array, "T K"],
+) -> tuple[Any, Float32[Array, " C"], Plan]:
+    """Receive tokens; the results of `dispatch`."""
+    return _dispatch(group, site, "jaxmoe_dispatch{}_done", (x, expert_ids, weights), (token,))
+
+
+def _start(
+    target: str, group: ExpertParallel, site: int, operands: tuple[jax.Array, ...]
+) -> Int32[Array, " 4"]:
+    return _call(target, group, site, operands, (((4,), I32),))[0]
+
+
+def _dispatch(
+    group: ExpertParallel,
+    site: int,
+    target: str,
+    operands: tuple[jax.Array, jax.Array, jax.Array],
+    token: tuple[jax.Array, ...] = (),
+) -> tuple[Any, Float32[Array, " C"], Plan]:
+    """A call that makes rows; `target` has a place for the kind of rows."""
+    x, (num_tokens, top_k) = operands[0], operands[1].shape
     capacity = group.capacity(num_tokens)
     outputs = (
         ((capacity, group.dim), x.dtype),
@@ -92,16 +136,14 @@ def dispatch(
         ((capacity,), I32),
         ((num_tokens, top_k), I32),
     )
-    operands = (x, expert_ids, weights)
     if group.rows_dtype is None:
-        rows, row_weights, *plan = _call("jaxmoe_dispatch", group, site, operands, outputs)
+        call = functools.partial(_call, target.format(""), group, site, (*token, *operands))
+        rows, row_weights, *plan = call(outputs)
         return rows, row_weights, Plan(*plan)
-    target, rest = "jaxmoe_dispatch_fp8_rows", outputs[1:]
+    call = functools.partial(_call, target.format("_fp8_rows"), group, site, (*token, *operands))
     values_out = ((capacity, group.dim), group.rows_dtype)
     scales_out = ((capacity, wire.num_blocks(group.dim)), F32)
-    values, row_weights, *plan, scales = _call(
-        target, group, site, operands, (values_out, *rest, scales_out)
-    )
+    values, row_weights, *plan, scales = call((values_out, *outputs[1:], scales_out))
     return wire.QuantizedRows(values, scales), row_weights, Plan(*plan)
 
 
@@ -119,6 +161,28 @@ def combine(
     operands = (expert_rows, row_weights, plan.row_map)
     outputs = (((num_tokens, group.dim), expert_rows.dtype),)
     return _call("jaxmoe_combine", group, site, operands, outputs)[0]
+
+
+def combine_start(
+    group: ExpertParallel, site: int, expert_rows: jax.Array, row_weights: jax.Array, plan: Plan
+) -> Int32[Array, " 4"]:
+    """Send sums of rows. What `combine_done` goes by."""
+    operands = (expert_rows, row_weights, plan.row_map)
+    return _start("jaxmoe_combine_start", group, site, operands)
+
+
+def combine_done(
+    group: ExpertParallel,
+    site: int,
+    token: Int32[Array, " 4"],
+    expert_rows: Float[Array, "C D"],
+    row_weights: Float32[Array, " C"],
+    plan: Plan,
+) -> Float[Array, "T D"]:
+    """Receive sums of rows; the result of `combine`."""
+    operands = (token, expert_rows, row_weights, plan.row_map)
+    outputs = (((plan.row_map.shape[1], group.dim), expert_rows.dtype),)
+    return _call("jaxmoe_combine_done", group, site, operands, outputs)[0]
 
 
 def dispatch_grad(

@@ -170,6 +170,7 @@ def heap_bytes(
     row_bytes: int,
     puts: bool = False,
     latency_tokens: int = 0,
+    max_pending: int = 0,
 ) -> int:
     """Bytes of a group's symmetric heap on each GPU, region by region as in xla_ffi/cuda/layout.h.
 
@@ -182,6 +183,7 @@ def heap_bytes(
       puts: whether peers on other nodes are reached through NVSHMEM.
       latency_tokens: most tokens of a call by the low-latency kernels, which have slots of their
         own.
+      max_pending: of the group; how many of those calls may be split and pending.
     """
     chunks = -(-max_tokens // _CHUNK_TOKENS)
     choices = max_tokens * top_k
@@ -192,9 +194,10 @@ def heap_bytes(
     in_fp8 = 16 * _BATCH_VECTORS * (numbers // _BATCH_NUMBERS) + 16 * min(lanes, _BATCH_VECTORS)
     in_fp8 += 8 * (1 + _BATCH_SCALES) * -(-numbers // _BATCH_NUMBERS)
     wire_row = -(-(max(row_bytes + 8 * marks, in_fp8) + 8 * top_k) // 128) * 128
+    parts = 2 + (2 + 2 * max_pending if max_pending else 0)
     regions = (
         _CONTROL_BYTES,
-        2 * num_devices * 8,
+        parts * num_devices * 8,
         num_devices * _META_PARTS * 8,
         2 * num_devices * chunks * 8,
         _MAX_BLOCKS * num_local_experts * 4,
@@ -202,8 +205,8 @@ def heap_bytes(
         2 * num_devices * choices * 4,
         2 * num_devices * max_tokens * row_bytes,
         _MAX_BLOCKS * _CHUNK_SLOTS * staged if puts else 0,
-        2 * num_devices * id_vectors * 16,
-        2 * num_devices * latency_tokens * wire_row,
+        parts * num_devices * id_vectors * 16,
+        parts * num_devices * latency_tokens * wire_row,
     )
     return sum(map(_align, regions))
 

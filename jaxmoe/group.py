@@ -41,6 +41,7 @@ class GroupSpec:
     wire_scale: str = "amax"
     rows_dtype: str | None = None
     mode: str = "auto"
+    max_pending: int = 0
 
 
 class ExpertParallel:
@@ -84,6 +85,10 @@ class ExpertParallel:
         and nothing waits for a barrier; "auto": by the number of tokens of a call, the latter for
         up to `group.latency_tokens`. Results are the same to the bit. Gradients, other transports
         and groups that need NVSHMEM's puts have one kind for all sizes.
+      max_pending: how many calls may be between their `dispatch_start` or `combine_start` and their
+        done at a time, at most 8, where GPUs run low-latency kernels; each takes two further slots
+        for every token of such a call. 0: a start does the whole call. `group.split_tokens` is up
+        to how many tokens calls are really split.
       num_sms: most multiprocessors that a GPU kernel occupies; None for all. Only on GPUs.
       timeout: seconds that a device waits for its peers before the call fails with an error that
         names them.
@@ -109,6 +114,7 @@ class ExpertParallel:
         rows_dtype: Any = None,
         transport: str = "auto",
         mode: str = "auto",
+        max_pending: int = 0,
         num_sms: int | None = None,
         timeout: float = 60.0,
     ):
@@ -119,6 +125,7 @@ class ExpertParallel:
         name = _check_dtype(dtype)
         wire_name, rows_name = _check_wire(name, wire_dtype, wire_scale, rows_dtype)
         _check_mode(mode, num_devices, max_tokens, top_k)
+        _check_pending(max_pending)
         self.mesh = mesh
         self.spec = GroupSpec(
             axis=axes,
@@ -137,6 +144,7 @@ class ExpertParallel:
             wire_scale=wire_scale,
             rows_dtype=rows_name,
             mode=mode,
+            max_pending=int(max_pending),
         )
         self.transport = _transport.pick(transport, mesh, self.spec)
         if num_sms is not None and self.transport in ("cpu", "xla"):
@@ -164,6 +172,8 @@ class ExpertParallel:
     uid = property(lambda self: self._handle.uid)
     heap_bytes = property(lambda self: self._handle.heap_bytes)
     latency_tokens = property(lambda self: self._handle.latency_tokens)
+    split_tokens = property(lambda self: self._handle.split_tokens)
+    max_pending = property(lambda self: self.spec.max_pending)
     closed = property(lambda self: not self._finalizer.alive)
 
     def capacity(self, num_tokens: int) -> int:
@@ -289,6 +299,18 @@ def _check_mode(mode: str, num_devices: int, max_tokens: int, top_k: int) -> Non
             f"ExpertParallel: mode 'low_latency' takes at most {most} tokens per device in a group "
             f"of {num_devices} devices with top_k={top_k}, got max_tokens={max_tokens}. Lower "
             "max_tokens, or use mode 'auto', which takes the other kernels for more tokens."
+        )
+
+
+def _check_pending(max_pending: int) -> None:
+    most = _latency.MAX_PENDING
+    if isinstance(max_pending, bool) or not isinstance(max_pending, (int, np.integer)):
+        raise ValueError(f"ExpertParallel: max_pending must be an integer, got {max_pending!r}.")
+    if not 0 <= max_pending <= most:
+        raise ValueError(
+            f"ExpertParallel: max_pending must lie between 0 and {most}, got {max_pending}. It "
+            "counts the calls between their start and their done; let a start depend on an earlier "
+            "done to have fewer."
         )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 MODES = ("auto", "throughput", "low_latency")
 # The most choices of all devices in such a call: kMaxLatencyChoices of xla_ffi/cuda/layout.h.
 MAX_CHOICES = 16384
+# The most calls of a group between their start and their done: kMaxPending there.
+MAX_PENDING = 8
 # Where "auto" ends: beyond, the other kernels are about as fast, and the slots would take much
 # memory. Measured by benchmarks/cuda/latency.cu on two H200 (D=7168, K=8, bf16): dispatch and
 # combine together take 69 us for 512 tokens by these kernels and 94 us by the others.

@@ -24,6 +24,7 @@ from jaxmoe.plan import Plan
 from jaxmoe.products import batched, choose_backend
 from jaxmoe.quantized import QuantizedExperts
 from jaxmoe.routing import Routing, count_tokens_per_expert, route
+from jaxmoe.split import between, dispatch_done, dispatch_start
 
 Params = dict[str, Any]  # arrays, and `QuantizedExperts` for gate, up and down
 
@@ -233,7 +234,14 @@ def _local_layer(
         experts |= tie_replicas(own, placement, _rank(group), group.axis)
     rest = {name: p for name, p in params.items() if name.startswith("shared")}
     weight = {name: _cast(p, group.dtype) for name, p in (experts | rest).items()}
-    rows, row_weights, plan = dispatch(group, tokens, slots, weights, site=config.site)
+    shared = functools.partial(_shared_experts, weight)
+    if config.overlap_shared and config.num_shared_experts:
+        pending = dispatch_start(group, tokens, slots, weights, site=config.site)
+        pending, shared_y = between(pending, shared, tokens)
+        rows, row_weights, plan = dispatch_done(group, pending, site=config.site)
+    else:
+        rows, row_weights, plan = dispatch(group, tokens, slots, weights, site=config.site)
+        shared_y = None
     # A token chooses an expert once, so that one has no more rows than there are tokens.
     most = group.num_devices * tokens.shape[0]
     expert_rows = swiglu_experts(
@@ -248,11 +256,14 @@ def _local_layer(
     )
     y = combine(group, expert_rows, row_weights, plan, site=config.site)
     if config.num_shared_experts:
-        shared = swiglu(tokens, weight["shared_gate"], weight["shared_up"], weight["shared_down"])
         # Apart, or XLA makes it one product with the sum, which waits for the exchange.
-        y = y + jax.lax.optimization_barrier(shared)
+        y = y + jax.lax.optimization_barrier(shared(tokens) if shared_y is None else shared_y)
     stats = _statistics(config, routing, ids, slots, plan)
     return y.reshape(x.shape).astype(x.dtype), stats
+
+
+def _shared_experts(weight: Params, tokens: jax.Array) -> jax.Array:
+    return swiglu(tokens, weight["shared_gate"], weight["shared_up"], weight["shared_down"])
 
 
 def _cast(param: Any, dtype: Any) -> Any:

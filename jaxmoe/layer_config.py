@@ -38,6 +38,8 @@ class MoEConfig:
       num_merged_experts: E', experts that are left of the router's E after merging
         (`jaxmoe.compress.merge_experts`); None: all. Slots hold these.
       shared_up: all experts have one up projection, `up` [1, D, F], replicated.
+      overlap_shared: the shared experts run between the start and the done of dispatch
+        (`jaxmoe.split`); which pays where the group splits its calls.
     """
 
     group: ExpertParallel
@@ -53,6 +55,7 @@ class MoEConfig:
     observe_load: bool = False
     num_merged_experts: int | None = None
     shared_up: bool = False
+    overlap_shared: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.group, ExpertParallel):

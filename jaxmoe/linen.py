@@ -38,6 +38,7 @@ class MoE(nn.Module):
     observe_load: bool = False
     num_merged_experts: int | None = None
     shared_up: bool = False
+    overlap_shared: bool = False
 
     @nn.compact
     def __call__(
@@ -69,6 +70,7 @@ class MoE(nn.Module):
             observe_load=self.observe_load,
             num_merged_experts=self.num_merged_experts,
             shared_up=self.shared_up,
+            overlap_shared=self.overlap_shared,
         )
         params = {}
         for name, spec in param_specs(config).items():

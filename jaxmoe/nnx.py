@@ -65,6 +65,8 @@ class MoE(nnx.Module):
         `jaxmoe.compress.merge_layer` makes such a layer of a trained one.
       shared_up: all experts have one up projection: `up` is [1, D, F] and replicated, its gradient
         the sum over the experts.
+      overlap_shared: run the shared experts between sending and receiving of dispatch; see
+        `jaxmoe.split` for where that pays.
       rngs: for the initial values (stream "params").
     """
 
@@ -85,6 +87,7 @@ class MoE(nnx.Module):
         observe_load: bool = False,
         num_merged_experts: int | None = None,
         shared_up: bool = False,
+        overlap_shared: bool = False,
         rngs: nnx.Rngs,
     ):
         self.config = MoEConfig(
@@ -101,6 +104,7 @@ class MoE(nnx.Module):
             observe_load=observe_load,
             num_merged_experts=num_merged_experts,
             shared_up=shared_up,
+            overlap_shared=overlap_shared,
         )
         for name, spec in param_specs(self.config).items():
             value = spec.init(rngs.params(), spec.shape, param_dtype)

@@ -127,12 +127,7 @@ def _dispatch(group: ExpertParallel, site: int, x: Any, expert_ids: Any, weights
 
 
 def _dispatch_fwd(group: ExpertParallel, site: int, x: Any, expert_ids: Any, weights: Any) -> Any:
-    if group.rows_dtype is not None:
-        raise TypeError(
-            f"dispatch: asked for a derivative, but rows_dtype is {group.rows_dtype.name}, in "
-            "which gradients are not computed. Make the group without rows_dtype to train, or stop "
-            "the gradient before dispatch."
-        )
+    _check_derivative(group)
     rows, row_weights, plan = _dispatch(group, site, x, expert_ids, weights)
     return (rows, row_weights, plan), plan
 
@@ -223,6 +218,15 @@ def _check_usable(op: str, group: ExpertParallel) -> None:
             f"group's mesh; here {loose} "
             "are not. Wrap the call in jax.shard_map(..., mesh=group.mesh) and leave axis_names "
             "at its default."
+        )
+
+
+def _check_derivative(group: ExpertParallel) -> None:
+    if group.rows_dtype is not None:
+        raise TypeError(
+            f"dispatch: asked for a derivative, but rows_dtype is {group.rows_dtype.name}, in "
+            "which gradients are not computed. Make the group without rows_dtype to train, or stop "
+            "the gradient before dispatch."
         )
 
 

@@ -19,7 +19,9 @@ Arrays = dict[str, np.ndarray]
 
 
 @functools.cache
-def make_group(config: Config, transport: str, mode: str = "auto") -> jaxmoe.ExpertParallel:
+def make_group(
+    config: Config, transport: str, mode: str = "auto", max_pending: int = 0
+) -> jaxmoe.ExpertParallel:
     kind = cases.MESHES.get(config.mesh or "")
     return jaxmoe.ExpertParallel(
         cases.make_mesh(config),
@@ -33,6 +35,7 @@ def make_group(config: Config, transport: str, mode: str = "auto") -> jaxmoe.Exp
         transport=transport,
         **wire_options(config),
         mode=mode,
+        max_pending=max_pending,
     )
 
 
@@ -81,19 +84,29 @@ def fetch(config: Config, tree: Any) -> Any:
 
 
 @functools.cache
-def compiled(config: Config, transport: str, mode: str = "auto") -> Any:
-    """All four operations in one program, for the inputs of `make_inputs`."""
-    group = make_group(config, transport, mode)
+def compiled(config: Config, transport: str, mode: str = "auto", split: bool = False) -> Any:
+    """All four operations in one program, for the inputs of `make_inputs`; forward calls whole, or
+    in two halves with other work between.
+    """
+    group = make_group(config, transport, mode, max_pending=2 if split else 0)
 
     def body(
         x: Any, ids: Any, weights: Any, expert_rows: Any, d_rows: Any, d_row_weights: Any, d_y: Any
     ) -> dict[str, Any]:
         def dispatch(x: Any, weights: Any) -> Any:
-            rows, row_weights, plan = jaxmoe.dispatch(group, x, ids, weights)
+            if not split:
+                rows, row_weights, plan = jaxmoe.dispatch(group, x, ids, weights)
+                return (rows, row_weights), plan
+            pending = jaxmoe.dispatch_start(group, x, ids, weights)
+            pending, _ = jaxmoe.between(pending, jnp.tanh, x)
+            rows, row_weights, plan = jaxmoe.dispatch_done(group, pending)
             return (rows, row_weights), plan
 
         def combine(rows: Any, row_weights: Any) -> Any:
-            return jaxmoe.combine(group, rows, row_weights, plan)
+            if not split:
+                return jaxmoe.combine(group, rows, row_weights, plan)
+            pending = jaxmoe.combine_start(group, rows, row_weights, plan)
+            return jaxmoe.combine_done(group, jaxmoe.between(pending, jnp.tanh, x)[0])
 
         (rows, row_weights), dispatch_vjp, plan = jax.vjp(dispatch, x, weights, has_aux=True)
         y, combine_vjp = jax.vjp(combine, expert_rows, row_weights)
@@ -117,10 +130,12 @@ def compiled(config: Config, transport: str, mode: str = "auto") -> Any:
     return lambda *args: program(filled, *args)[1]
 
 
-def run(config: Config, transport: str, inputs: Arrays, mode: str = "auto") -> Arrays:
+def run(
+    config: Config, transport: str, inputs: Arrays, mode: str = "auto", split: bool = False
+) -> Arrays:
     """All outputs as [S, R, ...]."""
     placed = [place(config, a) for a in inputs.values()]
-    return fetch(config, compiled(config, transport, mode)(*placed))
+    return fetch(config, compiled(config, transport, mode, split)(*placed))
 
 
 def make_inputs(config: Config, ids: np.ndarray, rng: np.random.Generator, draw: Any) -> Arrays:

@@ -25,6 +25,7 @@ class Handle(Protocol):
     uid: int
     heap_bytes: int  # on each device
     latency_tokens: int  # most tokens of a call by low-latency kernels; 0 where there are none
+    split_tokens: int  # likewise of one in two halves
 
     def close(self) -> None: ...
 
@@ -35,6 +36,7 @@ class _Nothing:
     uid = 0
     heap_bytes = 0
     latency_tokens = 0
+    split_tokens = 0
 
     def close(self) -> None: ...
 

@@ -42,11 +42,17 @@ class GroupSizes(ctypes.Structure):
             "row_bytes",
             "puts",
             "latency_tokens",
+            "max_pending",
         )
     ]
 
 
 def sizes_of(spec: GroupSpec, puts: bool = False) -> GroupSizes:
+    latency_tokens = 0
+    if not puts:
+        latency_tokens = latency.tokens_of(
+            spec.mode, spec.max_tokens, spec.num_devices, spec.top_k, _row_bytes(spec)
+        )
     return GroupSizes(
         spec.num_devices,
         spec.num_experts // spec.num_devices,
@@ -54,11 +60,8 @@ def sizes_of(spec: GroupSpec, puts: bool = False) -> GroupSizes:
         spec.top_k,
         _row_bytes(spec),
         puts,
-        0
-        if puts
-        else latency.tokens_of(
-            spec.mode, spec.max_tokens, spec.num_devices, spec.top_k, _row_bytes(spec)
-        ),
+        latency_tokens,
+        spec.max_pending if latency_tokens else 0,
     )
 
 
@@ -75,7 +78,9 @@ def load(name: str) -> tuple[Any, str]:
     lib.jaxmoe_cuda_heap_bytes.restype = ctypes.c_int64
     from jaxmoe import _ffi
 
-    handlers = {name: jax.ffi.pycapsule(getattr(lib, name)) for name in _ffi.TARGETS}
+    handlers = {
+        name: jax.ffi.pycapsule(getattr(lib, name)) for name in (*_ffi.TARGETS, *_ffi.SPLIT_TARGETS)
+    }
     _ffi.register(handlers, {}, platform="CUDA", suffix=_ffi.suffix_of(name))
     return lib, ""
 
@@ -138,13 +143,14 @@ def call(function: Any, *args: Any) -> None:
 
 class CudaGroup:
     """A group that a library has opened under `uid`; `heap_bytes` on each device. Calls of up to
-    `latency_tokens` tokens take the low-latency kernels.
+    `latency_tokens` tokens take the low-latency kernels, of up to `split_tokens` in two halves.
     """
 
     def __init__(self, lib: Any, uid: int, sizes: GroupSizes):
         self._lib = lib
         self.uid = uid
         self.latency_tokens = int(sizes.latency_tokens)
+        self.split_tokens = self.latency_tokens if sizes.max_pending else 0
         self.heap_bytes = int(lib.jaxmoe_cuda_heap_bytes(ctypes.byref(sizes)))
         failures.watch(lib)
 

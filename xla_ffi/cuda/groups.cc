@@ -193,7 +193,7 @@ std::string DescribeError(const Member& member) {
                   end);
   }
   if (e.phase == kPhaseDone) {
-    const char* why = e.wrong ? "it is of another call (site=, number of tokens or operation)"
+    const char* why = e.wrong ? "its start was of another operation or number of tokens"
                               : "no start of this group is waiting for it; each can be done once";
     return Concat(call, "done of a pending call that is not one: ", why, end);
   }

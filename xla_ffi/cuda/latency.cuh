@@ -167,7 +167,7 @@ static __device__ __noinline__ uint64_t CheckWaiting(const Peers& peers, const L
 struct Entry {
   uint64_t number;  // the epoch, or the number of a split call
   int part;         // of the regions
-  uint32_t site;    // for the header
+  uint32_t hash;    // of the header, for the done of a split call
   bool failed;      // the group has, before
 };
 
@@ -176,10 +176,13 @@ struct LatencyCall : Call {
   uint32_t hash;  // of the header
 
   template <typename Args>
-  __device__ LatencyCall(const LatencyParams<Args>& params, int operation, const Entry& entry)
-      : Call(params.peers, params.layout, operation, entry.number, entry.part),
-        own_heap(params.own),
-        hash(HeaderHash(*this, params.sizes.num_tokens, params.args.site ^ entry.site)) {}
+  __device__ LatencyCall(const LatencyParams<Args>& params, int operation, uint64_t number,
+                         int part)
+      : Call(params.peers, params.layout, operation, number, part), own_heap(params.own) {}
+  template <typename Args>
+  __device__ void MakeHash(const LatencyParams<Args>& params, uint32_t kind) {
+    hash = HeaderHash(*this, params.sizes.num_tokens, params.args.site ^ kind);
+  }
 
   __device__ char* own() const { return own_heap; }
   __device__ uint64_t Header(int peer) const {

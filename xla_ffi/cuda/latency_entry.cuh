@@ -18,7 +18,7 @@
 // parts, and each kind has the argument of its own.
 //
 // Failures on a device, without any wait: a start while more than M are pending, or a done whose
-// number is not pending or whose start was another call's.
+// number is not pending or whose start was of another operation or size.
 
 #ifndef JAXMOE_XLA_FFI_CUDA_LATENCY_ENTRY_CUH_
 #define JAXMOE_XLA_FFI_CUDA_LATENCY_ENTRY_CUH_
@@ -35,42 +35,57 @@ static_assert(offsetof(Control, started) % 16 == 0 &&
 // What happens in a kernel of a low-latency call.
 enum class CallPart { kWhole, kStart, kDone };
 
+// What a start tells its done.
+struct Pending {
+  uint64_t number;
+  uint32_t hash;  // of the header
+  int32_t num_tokens;
+};
+static_assert(sizeof(Pending) == 16, "the operand has four words");
+
 // Of a call that is split, by one thread: whether it may begin. Fails the group if not. Not inline,
 // as CheckWaiting is not.
-template <typename Args>
-__device__ __noinline__ bool MayBegin(const LatencyParams<Args>& params, CallPart part,
-                                      int operation, const Entry& entry, uint64_t started,
-                                      uint64_t pending, uint32_t hash) {
+template <CallPart kPart, typename Args>
+__device__ __noinline__ bool MayBegin(const LatencyParams<Args>& params, int operation,
+                                      const Pending& pending, uint64_t started, uint64_t parts) {
   const Layout& layout = params.layout;
-  const LatencyCall call(params, operation, entry);
-  const uint64_t number = entry.number;
-  if (part == CallPart::kStart) {
+  const uint64_t number = pending.number;
+  const int part = layout.SplitPart(number);
+  const LatencyCall call(params, operation, number, part);
+  if (kPart == CallPart::kStart) {
     uint64_t latest = 0;
     for (int i = 1; i <= layout.max_pending && i < number; ++i) {
       latest |= uint64_t{1} << layout.SplitPart(number - i);
     }
-    if ((pending & ~latest) == 0) return true;
-    call.Fail(call.peers.rank, kPhaseStart, layout.max_pending, __popcll(pending));
+    if ((parts & ~latest) == 0) return true;
+    call.Fail(call.peers.rank, kPhaseStart, layout.max_pending, __popcll(parts));
     return false;
   }
   const bool recent =
       number <= started && number + Layout::NumSplitParts(layout.max_pending) > started;
-  if (!recent || (pending >> entry.part & 1) == 0) {
+  if (!recent || (parts >> part & 1) == 0) {
     call.Fail(call.peers.rank, kPhaseDone, started, number);
     return false;
   }
-  if (hash == call.hash) return true;
-  call.Fail(call.peers.rank, kPhaseDone, call.hash, hash, true);
-  return false;
+  const bool same = pending.hash >> kHeaderOperationShift == uint32_t(operation) &&
+                    pending.num_tokens == params.sizes.num_tokens;
+  if (!same) call.Fail(call.peers.rank, kPhaseDone, started, number, true);
+  return same;
 }
 
-// The call that was entered. Of a whole one most is known without looking.
+// The call that was entered.
 template <CallPart kPart, typename Args>
 __device__ __forceinline__ LatencyCall CallOf(const LatencyParams<Args>& params, int operation,
                                               const Entry& entry) {
-  if (kPart != CallPart::kWhole) return LatencyCall(params, operation, entry);
-  const uint64_t epoch = entry.number;
-  return LatencyCall(params, operation, {epoch, int(epoch & 1), kLatencySite, false});
+  const uint64_t number = entry.number;
+  const int part = kPart == CallPart::kWhole ? int(number & 1) : entry.part;
+  LatencyCall call(params, operation, number, part);
+  if (kPart == CallPart::kDone) {
+    call.hash = entry.hash;
+  } else {
+    call.MakeHash(params, kPart == CallPart::kWhole ? kLatencySite : kSplitSite);
+  }
+  return call;
 }
 
 // By all threads of a block; what they started to load before is on its way meanwhile, and
@@ -82,9 +97,9 @@ __device__ __forceinline__ uint32_t EnterCall(const LatencyParams<Args>& params,
   uint32_t order = 0;
   if (threadIdx.x >= kLatencyThreads - 32) {
     if (threadIdx.x == kLatencyThreads - 32) {
-      uint4 token = make_uint4(0, 0, 0, 0);
+      Pending pending = {};
       if (kPart == CallPart::kDone)
-        token = LoadEarly(reinterpret_cast<uint4*>(params.args.pending));
+        pending = *reinterpret_cast<const Pending*>(params.args.pending);
       const uint4 v = LoadVector(reinterpret_cast<const char*>(control));
       uint32_t wait = v.z >> 1;
       entry->failed = v.z != 0;
@@ -92,13 +107,14 @@ __device__ __forceinline__ uint32_t EnterCall(const LatencyParams<Args>& params,
         entry->number = (uint64_t{v.y} << 32 | v.x) + 1;
       } else {
         const uint4 w = LoadVector(reinterpret_cast<const char*>(&control->started));
-        const uint64_t started = uint64_t{w.y} << 32 | w.x, pending = uint64_t{w.w} << 32 | w.z;
-        entry->number = kPart == CallPart::kStart ? started + 1 : uint64_t{token.y} << 32 | token.x;
-        entry->part = params.layout.SplitPart(entry->number);
-        entry->site = kSplitSite;
+        const uint64_t started = uint64_t{w.y} << 32 | w.x, parts = uint64_t{w.w} << 32 | w.z;
+        if (kPart == CallPart::kStart) pending.number = started + 1;
+        entry->number = pending.number;
+        entry->part = params.layout.SplitPart(pending.number);
+        entry->hash = pending.hash;
         wait += (w.y >> 31) + (w.w >> 31);
         if (!entry->failed) {
-          entry->failed = !MayBegin(params, kPart, operation, *entry, started, pending, token.z);
+          entry->failed = !MayBegin<kPart>(params, operation, pending, started, parts);
         }
       }
       // The operand, whose value is the number of blocks, waits for the loads; so does the count.
@@ -126,9 +142,8 @@ __device__ __forceinline__ void LeaveCall(const LatencyParams<Args>& params,
   if (kPart == CallPart::kDone) {
     if (!entry.failed) control->pending &= ~bit;
   } else {
-    const uint64_t number = entry.failed ? 0 : entry.number;
-    *reinterpret_cast<uint4*>(params.args.pending) =
-        make_uint4(uint32_t(number), uint32_t(number >> 32), call.hash, 0);
+    *reinterpret_cast<Pending*>(params.args.pending) = {entry.failed ? 0 : entry.number, call.hash,
+                                                        params.sizes.num_tokens};
     if (entry.failed) return;
     control->started = entry.number;
     control->pending |= bit;

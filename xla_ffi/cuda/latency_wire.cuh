@@ -18,6 +18,8 @@ using DispatchParams = LatencyParams<DispatchArgs>;
 // In the dtype of the tokens, whatever that is.
 class PlainToken {
  public:
+  static constexpr bool kEncodes = false;
+
   static int NumOf(const Sizes& sizes, const WireArgs&) { return Wire::NumOf(sizes.row_bytes); }
 
   __device__ void Load(const DispatchParams& params, int token, int part) {
@@ -67,6 +69,8 @@ class PlainToken {
 template <typename T>
 class QuantizedToken {
  public:
+  static constexpr bool kEncodes = true;
+
   static int NumOf(const Sizes&, const WireArgs& wire) { return Layout::CodeBatches(wire.dim); }
 
   __device__ void Load(const DispatchParams& params, int token, int part) {
