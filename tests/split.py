@@ -71,7 +71,7 @@ def overlapped(group: Group) -> Any:
 
 
 def interleaved(group: Group) -> Any:
-    """The same for two halves of the tokens, both pending at once, the second one received first."""
+    """The same for two halves of the tokens, both pending at once, the second received first."""
 
     def body(x: Any, ids: Any, weights: Any, matrix: Any) -> jax.Array:
         half = x.shape[0] // 2

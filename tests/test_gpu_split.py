@@ -1,4 +1,4 @@
-"""Calls in two halves on the GPUs of this machine: really two kernels, and the bits of whole ones."""
+"""Calls in two halves on the GPUs of this machine: two kernels, and the bits of whole ones."""
 
 from __future__ import annotations
 
@@ -98,10 +98,14 @@ def test_work_is_scheduled_between_the_halves(monkeypatch: pytest.MonkeyPatch):
 
 def fails_with(sentence: str, program: Any, *inputs: Any) -> None:
     """A failure on the device is raised by a later call, or in between."""
-    with pytest.raises((jax.errors.JaxRuntimeError, jaxmoe.ExchangeError), match=sentence):
+
+    def run() -> None:
         for _ in range(100):
             jax.block_until_ready(program(*inputs))
             time.sleep(0.05)
+
+    with pytest.raises((jax.errors.JaxRuntimeError, jaxmoe.ExchangeError), match=sentence):
+        run()
 
 
 def test_more_pending_calls_than_there_is_room_for():

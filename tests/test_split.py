@@ -47,7 +47,7 @@ def test_rows_in_fp8(transport: str):
     )
 
     def body(x: Any, ids: Any, weights: Any, _: Any) -> Any:
-        rows, row_weights, plan = jaxmoe.dispatch(group, x, ids, weights)
+        rows, row_weights, _plan = jaxmoe.dispatch(group, x, ids, weights)
         pending = jaxmoe.dispatch_start(group, x, ids, weights, site="halves")
         again, again_weights, _ = jaxmoe.dispatch_done(group, pending)
         return rows, again, row_weights, again_weights
