@@ -22,12 +22,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
 from jaxmoe._vma import vary_alike, zeros_alike
-from jaxmoe.products import batched, choose_backend, cuda, ragged
+from jaxmoe.products import batched, choose_backend, cuda, grouped_matmul
 from jaxmoe.products.blocks import Blocks
 from jaxmoe.quantized import QuantizedExperts, matmul
 
 F32 = jnp.float32
-# Names of what "cuda" keeps for the gradient, for policies of `jax.checkpoint`.
+# Names of what is kept for the gradient, for policies of `jax.checkpoint`.
 GATE_NAME, UP_NAME = "jaxmoe_expert_gate", "jaxmoe_expert_up"
 
 
@@ -62,9 +62,10 @@ def swiglu_experts(
         the forward pass of the "blocked" backend: each step reads the eight-bit values of one
         expert, and no wider copy of all is ever made.
       block_rows: rows per step of the "blocked" backend; about the rows of a typical expert.
-      backend: "cuda", "blocked", "ragged_dot" or "auto", as for `jaxmoe.grouped_matmul`. With
-        "cuda" the gradient keeps rows @ gate and rows @ up, named `GATE_NAME` and `UP_NAME` for
-        policies of `jax.checkpoint`. Also "batched", which "auto" never is here, but in the layer.
+      backend: "cuda", "tokamax", "blocked", "ragged_dot" or "auto", as for
+        `jaxmoe.grouped_matmul`. Except for "blocked" and "batched", the gradient keeps rows @ gate
+        and rows @ up, named `GATE_NAME` and `UP_NAME` for policies of `jax.checkpoint`. Also
+        "batched", which "auto" never is here, but in the layer.
       max_rows: the most rows that an expert can have, for the "batched" backend: if one has more,
         all rows come out as NaN.
 
@@ -72,8 +73,9 @@ def swiglu_experts(
       [C, D] in the dtype of `rows`.
 
     Raises:
-      ValueError: weights of other sizes; quantised ones with "ragged_dot", "batched" or "cuda", a
-        shared up projection with "cuda"; "batched" without max_rows.
+      ValueError: weights of other sizes; quantised ones with a backend other than "blocked" and
+        "auto", a shared up projection with "cuda"; "batched" without max_rows.
+      RuntimeError: "cuda" or "tokamax" where it cannot run.
       TypeError: a derivative with quantised weights.
     """
     up = up[None] if not isinstance(up, QuantizedExperts) and up.ndim == 2 else up
@@ -89,17 +91,17 @@ def swiglu_experts(
             "swiglu_experts: backend 'batched' needs max_rows of at least 1, the most rows of an "
             f"expert (got {max_rows}), and takes no quantised weights. Use 'blocked' or 'auto'."
         )
+    if quantized and backend in ("ragged_dot", "tokamax"):
+        raise ValueError(
+            f"swiglu_experts: backend {backend!r} takes no quantised weights. Use 'blocked' or "
+            "'auto', or `QuantizedExperts.dequantize`."
+        )
     if backend != "batched":
         backend = choose_backend(backend, rows.dtype, gate.shape[1:]).backend
     _check_weights(rows, group_sizes, gate, up, down)
     if rows.shape[0] == 0:
         return rows
     if quantized:
-        if backend == "ragged_dot":
-            raise ValueError(
-                "swiglu_experts: backend 'ragged_dot' takes no quantised weights. Use 'blocked' "
-                "or 'auto', or `QuantizedExperts.dequantize`."
-            )
         operands = vary_alike((rows, group_sizes, gate, up, down))
         return _quantized(min(block_rows, rows.shape[0]), *operands)
     operands = vary_alike((rows, group_sizes, gate, up, down))
@@ -107,8 +109,8 @@ def swiglu_experts(
         return batched.swiglu(*operands, max_rows=max_rows or 1)
     if backend == "cuda" and plain:
         return _fused(*operands)
-    if backend == "ragged_dot":
-        return _ragged(*operands)
+    if backend in ("ragged_dot", "tokamax"):
+        return _separate(backend, *operands)
     return _blocked(min(block_rows, rows.shape[0]), *operands)
 
 
@@ -157,12 +159,16 @@ def _activate(a: Any, b: Any) -> Any:
 _fused.defvjp(_fused_fwd, _fused_bwd)
 
 
-def _ragged(rows: Any, group_sizes: Any, gate: Any, up: Any, down: Any) -> Any:
-    dot = functools.partial(ragged.forward, group_sizes=group_sizes)
+def _separate(backend: str, rows: Any, group_sizes: Any, gate: Any, up: Any, down: Any) -> Any:
+    """One grouped product after the other."""
+
+    def dot(x: Any, w: Any) -> jax.Array:
+        return grouped_matmul(x, w, group_sizes, backend=backend)
+
     # Of the rows that belong to nobody, the gate's product is zero, whatever the shared one is.
-    shared = up.shape[0] == 1
-    hidden = jax.nn.silu(dot(rows, gate)) * (rows @ up[0] if shared else dot(rows, up))
-    return dot(hidden, down)
+    a, b = dot(rows, gate), rows @ up[0] if up.shape[0] == 1 else dot(rows, up)
+    a, b = checkpoint_name(a, GATE_NAME), checkpoint_name(b, UP_NAME)
+    return dot(jax.nn.silu(a) * b, down)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

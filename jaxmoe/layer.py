@@ -411,14 +411,18 @@ def _platform(group: ExpertParallel) -> str:
 
 
 def _backend(config: MoEConfig, max_rows: int, weights: Params) -> str:
-    """What "auto" is on the group's devices, which need not be JAX's default ones.
+    """The backend on the group's devices, which need not be JAX's default ones.
 
     max_rows: the most rows of an expert. With few, as in decoding, a GPU computes all experts at
     once rather than in a loop whose length the host has to ask for.
     """
     group, widths = config.group, (config.group.dim, config.hidden_dim)
     device = None if group.mesh is None else group.mesh.devices.flat[0]
-    chosen = choose_backend("auto", group.dtype, widths, device).backend
+    chosen = choose_backend(config.backend, group.dtype, widths, device).backend
+    if config.backend != "auto":
+        return chosen
     quantized = any(isinstance(w, QuantizedExperts) for w in weights.values())
+    if quantized or (config.shared_up and chosen == "cuda"):  # which only the loop takes
+        chosen = "blocked"
     few = max_rows <= batched.MAX_ROWS and not quantized
     return "batched" if chosen == "blocked" and few and _platform(group) == "gpu" else chosen

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.group import ExpertParallel
+from jaxmoe.products import BACKENDS
 from jaxmoe.routing import RouterConfig
 
 Initializer = Callable[..., jax.Array]
@@ -40,6 +41,7 @@ class MoEConfig:
       shared_up: all experts have one up projection, `up` [1, D, F], replicated.
       overlap_shared: the shared experts run between the start and the done of dispatch
         (`jaxmoe.split`); which pays where the group splits its calls.
+      backend: of the experts' products, as for `jaxmoe.grouped_matmul`.
     """
 
     group: ExpertParallel
@@ -56,6 +58,7 @@ class MoEConfig:
     num_merged_experts: int | None = None
     shared_up: bool = False
     overlap_shared: bool = False
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.group, ExpertParallel):
@@ -68,6 +71,8 @@ class MoEConfig:
                 f"the layer's experts compute in {self.group.dtype.name}. Make the group without "
                 "rows_dtype; wire_dtype alone sends tokens in FP8."
             )
+        if self.backend not in BACKENDS:
+            raise ValueError(f"MoE: backend must be one of {BACKENDS}, got {self.backend!r}.")
         for name, least in (("hidden_dim", 1), ("num_shared_experts", 0)):
             if getattr(self, name) < least:
                 raise ValueError(

@@ -39,6 +39,7 @@ class MoE(nn.Module):
     num_merged_experts: int | None = None
     shared_up: bool = False
     overlap_shared: bool = False
+    backend: str = "auto"
 
     @nn.compact
     def __call__(
@@ -71,6 +72,7 @@ class MoE(nn.Module):
             num_merged_experts=self.num_merged_experts,
             shared_up=self.shared_up,
             overlap_shared=self.overlap_shared,
+            backend=self.backend,
         )
         params = {}
         for name, spec in param_specs(config).items():

@@ -67,6 +67,7 @@ class MoE(nnx.Module):
         the sum over the experts.
       overlap_shared: run the shared experts between sending and receiving of dispatch; see
         `jaxmoe.split` for where that pays.
+      backend: of the experts' products, as for `jaxmoe.grouped_matmul`.
       rngs: for the initial values (stream "params").
     """
 
@@ -88,6 +89,7 @@ class MoE(nnx.Module):
         num_merged_experts: int | None = None,
         shared_up: bool = False,
         overlap_shared: bool = False,
+        backend: str = "auto",
         rngs: nnx.Rngs,
     ):
         self.config = MoEConfig(
@@ -105,6 +107,7 @@ class MoE(nnx.Module):
             num_merged_experts=num_merged_experts,
             shared_up=shared_up,
             overlap_shared=overlap_shared,
+            backend=backend,
         )
         for name, spec in param_specs(self.config).items():
             value = spec.init(rngs.params(), spec.shape, param_dtype)

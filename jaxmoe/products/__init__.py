@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from jaxmoe._vma import vary_alike, zeros_alike
-from jaxmoe.products import blocked, cuda, ragged
+from jaxmoe.products import blocked, cuda, ragged, tokamax
 
-BACKENDS = ("auto", "cuda", "blocked", "ragged_dot")
+BACKENDS = ("auto", "cuda", "tokamax", "blocked", "ragged_dot")
 _log = logging.getLogger("jaxmoe")
 
 
@@ -42,8 +42,9 @@ def grouped_matmul(
       x: [C, D] rows in the order of the groups.
       w: [L, D, F] one matrix for each group, in the dtype of x.
       group_sizes: [L] rows of each group, on the device; they sum to at most C.
-      backend: "cuda" (Hopper GPUs, bfloat16), "blocked" (a loop over blocks of rows), "ragged_dot"
-        (`jax.lax.ragged_dot`), or "auto"; see `choose_backend`.
+      backend: "cuda" (Hopper GPUs, bfloat16), "tokamax" (that library's kernels, if installed),
+        "blocked" (a loop over blocks of rows), "ragged_dot" (`jax.lax.ragged_dot`), or "auto"; see
+        `choose_backend`.
       block_rows: rows per step of the "blocked" backend; about the rows of a typical group.
 
     Returns:
@@ -51,7 +52,7 @@ def grouped_matmul(
 
     Raises:
       ValueError: shapes or dtypes that do not fit, or an unknown backend.
-      RuntimeError: backend="cuda" where it cannot run.
+      RuntimeError: backend="cuda" or "tokamax" where it cannot run.
     """
     _check(x, w, group_sizes)
     picked = choose_backend(backend, x.dtype, (w.shape[1], w.shape[2])).backend
@@ -66,8 +67,9 @@ def choose_backend(
 ) -> Choice:
     """The backend for products of `dtype` between rows of the given widths.
 
-    "auto" is "cuda" wherever that runs, in all directions; "blocked" on other GPUs and on CPUs; and
-    "ragged_dot" elsewhere.
+    "auto" is "cuda" wherever that runs, in all directions; on other GPUs and for other dtypes
+    "tokamax" if it is installed, which is slower where both run; else "blocked" on GPUs and CPUs;
+    and "ragged_dot" elsewhere.
 
     Args:
       backend: the user's choice, one of `BACKENDS`.
@@ -79,6 +81,10 @@ def choose_backend(
         raise ValueError(f"grouped_matmul: backend must be one of {BACKENDS}, got {backend!r}.")
     if backend in ("blocked", "ragged_dot"):
         return Choice(backend, "asked for")
+    if backend == "tokamax":
+        if absent := tokamax.why_not():
+            raise RuntimeError(f"grouped_matmul: backend 'tokamax' cannot run here: {absent}.")
+        return Choice(backend, "asked for")
     device = device or _default_device()
     reason = cuda.why_not(jnp.dtype(dtype), widths, device)
     if backend == "cuda":
@@ -87,6 +93,8 @@ def choose_backend(
         return Choice(backend, "asked for")
     if not reason:
         return _announce(Choice("cuda", "it can run"), slow=False)
+    if device.platform == "gpu" and jnp.dtype(dtype).itemsize == 2 and not tokamax.why_not():
+        return _announce(Choice("tokamax", f"not 'cuda': {reason}"), slow=False)
     known = device.platform in ("cpu", "gpu")
     choice = Choice("blocked" if known else "ragged_dot", f"not 'cuda': {reason}")
     return _announce(choice, slow=device.platform == "gpu")
@@ -126,7 +134,8 @@ def _check(x: Any, w: Any, group_sizes: Any) -> None:
 def _module(how: tuple[str, int]) -> Any:
     """The backend's `forward`, `input_grad` and `weight_grad`."""
     backend, block = how
-    return {"cuda": cuda, "ragged_dot": ragged}.get(backend) or blocked.Blocked(block)
+    modules = {"cuda": cuda, "tokamax": tokamax, "ragged_dot": ragged}
+    return modules.get(backend) or blocked.Blocked(block)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 F32 = jnp.float32
-_ROWS_CONTRACTED = lax.RaggedDotDimensionNumbers(
+ROWS_CONTRACTED = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())),
     lhs_ragged_dimensions=(0,),
     rhs_group_dimensions=(),
@@ -20,7 +20,7 @@ _ROWS_CONTRACTED = lax.RaggedDotDimensionNumbers(
 
 
 def forward(x: Any, w: Any, group_sizes: Any) -> Any:
-    return _used(lax.ragged_dot(_used(x, group_sizes), w, group_sizes), group_sizes)
+    return only_used(lax.ragged_dot(only_used(x, group_sizes), w, group_sizes), group_sizes)
 
 
 def input_grad(d_y: Any, w: Any, group_sizes: Any) -> Any:
@@ -29,16 +29,16 @@ def input_grad(d_y: Any, w: Any, group_sizes: Any) -> Any:
 
 def weight_grad(x: Any, d_y: Any, group_sizes: Any) -> Any:
     d_w = lax.ragged_dot_general(
-        _used(x, group_sizes),
-        _used(d_y, group_sizes),
+        only_used(x, group_sizes),
+        only_used(d_y, group_sizes),
         group_sizes,
-        _ROWS_CONTRACTED,
+        ROWS_CONTRACTED,
         preferred_element_type=F32,
     )
     return d_w.astype(x.dtype)
 
 
-def _used(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def only_used(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """Zeros for the rows past the last group: XLA may add zero times their values, even NaN."""
     row = jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None]
     return jnp.where(row < jnp.sum(group_sizes, dtype=jnp.int32), rows, jnp.zeros((), rows.dtype))
