@@ -97,6 +97,25 @@ def time_in_loop(operation: Operation, calls: int, repeats: int) -> Timing:
     return summarize(us, calls, note)
 
 
+def time_calls(program: Any, operands: tuple[Any, ...], calls: int, repeats: int) -> Timing:
+    """Time calls from Python, each made while the one before runs; for calls that take long.
+
+    The host needs some 70 µs to make one, which shows where the devices are faster than that.
+    """
+    jax.block_until_ready(program(*operands))
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        before = None
+        for _ in range(calls):
+            now = program(*operands)
+            jax.block_until_ready(before)  # results are large: there are two at most
+            before = now
+        jax.block_until_ready(before)
+        seconds.append(time.perf_counter() - start)
+    return summarize([1e6 * s / calls for s in slowest(seconds)], calls)
+
+
 def warm_up(program: Any, operation: Operation) -> None:
     for _ in range(WARM_UPS.get(jax.default_backend(), 1)):
         jax.block_until_ready(program(*operation.operands))

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from jaxmoe.bench.clocks import (
+    WARM_UPS,
     Operation,
     Timing,
     compile_on,
@@ -42,11 +43,11 @@ def load(transport: str) -> tuple[Any, str]:
     if not hasattr(lib, _TARGET):
         return None, "the CUDA library was built before it could record events; build it again"
     capsule = jax.ffi.pycapsule(getattr(lib, _TARGET))
-    jax.ffi.register_ffi_target(_target(transport), capsule, platform="CUDA")
+    jax.ffi.register_ffi_target(target(transport), capsule, platform="CUDA")
     return lib, ""
 
 
-def _target(transport: str) -> str:
+def target(transport: str) -> str:
     return f"{_TARGET}_{'nvshmem' if transport == 'nvshmem' else 'cuda'}"
 
 
@@ -55,18 +56,41 @@ def time_with_events(operation: Operation, transport: str, calls: int, repeats: 
     lib, reason = load(transport)
     if lib is None:
         raise RuntimeError(reason)
-    devices = _local_devices(operation)
+    devices = _local_devices(operation.mesh)
     for device in devices:
         cuda.call(lib.jaxmoe_cuda_make_events, ctypes.c_int(device), ctypes.c_int64(calls + 1))
-    program = compile_calls(operation, _target(transport), calls)
+    program = compile_calls(operation, target(transport), calls)
     warm_up(program, operation)
     us = []
     for _ in range(repeats):
         jax.block_until_ready(program(*operation.operands))
         us.append(max(_median_us(lib, device, calls) for device in devices))
-    copies = copies_between(program.as_text(), _target(transport), operation.operands)
+    copies = copies_between(program.as_text(), target(transport), operation.operands)
     note = f"events: with {copies} copies of an operand in {calls} calls" if copies else ""
     return summarize(slowest(us), calls, note)
+
+
+def intervals(
+    mesh: jax.sharding.Mesh, transport: str, num: int, run: Callable[[], Any], repeats: int
+) -> list[list[float]]:
+    """Microseconds between the `num + 1` records of a program that `run` calls.
+
+    For each interval one of every repeat, on the slowest device of this process.
+    """
+    lib, reason = load(transport)
+    if lib is None:
+        raise RuntimeError(reason)
+    devices = _local_devices(mesh)
+    for device in devices:
+        cuda.call(lib.jaxmoe_cuda_make_events, ctypes.c_int(device), ctypes.c_int64(num + 1))
+    for _ in range(WARM_UPS["gpu"]):
+        jax.block_until_ready(run())
+    us: list[list[float]] = [[] for _ in range(num)]
+    for _ in range(repeats):
+        jax.block_until_ready(run())
+        for slot in range(num):
+            us[slot].append(max(_elapsed_us(lib, device, slot) for device in devices))
+    return us
 
 
 def compile_calls(operation: Operation, target: str, calls: int) -> Any:
@@ -118,6 +142,6 @@ def _elapsed_us(lib: Any, device: int, slot: int) -> float:
     return 1e3 * ms.value
 
 
-def _local_devices(operation: Operation) -> list[int]:
-    devices = operation.mesh.devices.flat
+def _local_devices(mesh: jax.sharding.Mesh) -> list[int]:
+    devices = mesh.devices.flat
     return [d.local_hardware_id for d in devices if d.process_index == jax.process_index()]

@@ -3,12 +3,16 @@
     python -m jaxmoe bench --shapes table --json results.json     all devices of this process
     python -m jaxmoe launch -m jaxmoe bench --tokens 1024,4096    one process for each GPU
     python -m jaxmoe bench --routing zipf:1.2 --num-sms 24 --baselines allgather
+    python -m jaxmoe bench layer                                  a whole MoE layer and its parts
 
 Two clocks: the wall clock of a loop of calls inside one jit, less that of an empty loop; on GPUs
 also CUDA events around every call, all its kernels counted. Baselines, checked before they are
 timed: "xla" (transport="xla", plain collectives), "allgather" (all-gather of tokens, reduce-scatter
 of sums), "ragged" and "ragged-nccl" (lax.ragged_all_to_all with XLA's one-shot kernel and without).
 "of floor" is the time that links or memory need at least, over the time taken: 1.00 is best.
+
+`bench layer` times `jaxmoe.MoE` forward and with its gradients, against the same layer with plain
+collectives and each kind of expert products, and a dense product of as many rows.
 
 Exit code: 0, or 1 if the library's own exchange failed or gave a wrong result, or 2 for options
 that cannot work.
@@ -28,6 +32,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from jaxmoe.cli import bench_layer
 
 if TYPE_CHECKING:
     import jax
@@ -77,7 +83,8 @@ class UsageError(ValueError):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     add = parser.add_argument
-    add("what", nargs="?", default="exchange", choices=("exchange",), help="default: exchange")
+    add("what", nargs="?", default="exchange", choices=("exchange", "layer"),
+        help="default: exchange")  # fmt: skip
     _add_load(parser)
     add("--devices", type=int, metavar="N", help="use the first N (default: all)")
     add("--transport", default="auto", help="of the library's own exchange (default: auto)")
@@ -97,6 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--json", type=Path, metavar="FILE", help="write every figure to FILE")
     add("--plot", type=Path, metavar="FILE", help="write a picture to FILE (needs matplotlib)")
+    bench_layer.add_arguments(parser)
 
 
 def _add_load(parser: argparse.ArgumentParser) -> None:
@@ -143,6 +151,8 @@ def _measure(args: argparse.Namespace) -> int:
     from jaxmoe.bench import machine, report
 
     defaults = _DEFAULTS.get(jax.default_backend(), _DEFAULTS["cpu"])
+    if args.what == "layer":
+        return bench_layer.measure(args, defaults)
     shapes, settings = make_shapes(args, defaults.shapes), make_settings(args, defaults)
     mesh = make_mesh(args.devices)
     limits = machine.bandwidths(mesh, args.link_gbs, args.hbm_gbs)
@@ -154,7 +164,7 @@ def _measure(args: argparse.Namespace) -> int:
         reports.append(_one_shape(mesh, shape, settings, limits, first))
         say("\n".join(report.table(reports[-1])))
         if first and args.json:  # what is there outlives a run that is cut short
-            options = {name: _plain(value) for name, value in vars(args).items() if name != "run"}
+            options = {name: plain(value) for name, value in vars(args).items() if name != "run"}
             report.write_json(args.json, report.as_json(reports, limits, options, mesh.size))
     if first and args.plot:
         report.plot(args.plot, reports)
@@ -172,14 +182,14 @@ def _one_shape(
         raise UsageError(str(error)) from error
     try:
         total = len(prepared.implementations()) * len(settings.operations)
-        with _progress(f"T={shape.tokens} D={shape.dim}", total, first) as step:
+        with progress(f"T={shape.tokens} D={shape.dim}", total, first) as step:
             return prepared.run(step)
     finally:
         prepared.close()
 
 
 @contextlib.contextmanager
-def _progress(title: str, total: int, shown: bool) -> Iterator[Callable[[str], None]]:
+def progress(title: str, total: int, shown: bool) -> Iterator[Callable[[str], None]]:
     """Something to call with what is done next: a bar on a terminal, else lines, on stderr."""
     if not shown:
         yield lambda _: None
@@ -201,6 +211,7 @@ def _progress(title: str, total: int, shown: bool) -> Iterator[Callable[[str], N
 
 def _check(args: argparse.Namespace) -> None:
     """Refuses what cannot work on any machine, before anything slow is imported or started."""
+    bench_layer.check(args)
     for name in ("dim", "top_k", "num_experts", "devices", "num_sms", "repeats", "iterations"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -223,7 +234,7 @@ def make_shapes(args: argparse.Namespace, default: str) -> list[Shape]:
     """The shapes of a command line."""
     from jaxmoe.bench.exchange import Shape
 
-    names = _split(args.shapes or default)
+    names = split(args.shapes or default)
     named = [_shape(single) for name in names for single in SETS.get(name, (name,))]
     own = {"dim": args.dim, "top_k": args.top_k, "num_experts": args.num_experts}
     changed = {name: value for name, value in own.items() if value is not None}
@@ -258,7 +269,7 @@ def _shape(name: str) -> tuple[int, int, int, int]:
 
 def _tokens(text: str | None) -> list[int]:
     try:
-        tokens = [int(number) for number in _split(text or "")]
+        tokens = [int(number) for number in split(text or "")]
     except ValueError:
         tokens = [0]
     if tokens and min(tokens) < 1:
@@ -266,7 +277,7 @@ def _tokens(text: str | None) -> list[int]:
     return tokens
 
 
-def _split(text: str) -> list[str]:
+def split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
@@ -304,7 +315,7 @@ def _choose(
         return known
     if text == off:
         return ()
-    asked = _split(text)
+    asked = split(text)
     wrong = [name for name in asked if name not in known]
     if wrong or not asked:
         words = f"{on!r}, {off!r}" if off else repr(on)
@@ -356,5 +367,5 @@ def _make_host_devices() -> None:
         jax.config.update("jax_num_cpu_devices", _HOST_DEVICES)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value

@@ -11,6 +11,7 @@ import importlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jaxmoe._vma import vary_alike
@@ -26,6 +27,7 @@ def _row_products(contracted: int) -> lax.RaggedDotDimensionNumbers:
     )
 
 
+_ROWS_MULTIPLE = 64
 _ROWS_TIMES_MATRICES, _ROWS_TIMES_TRANSPOSED = _row_products(1), _row_products(2)
 
 
@@ -34,9 +36,14 @@ def why_not() -> str:
     """Why it cannot serve products; empty if it can."""
     try:
         library = importlib.import_module("tokamax")
+        flags = importlib.import_module("absl.flags").FLAGS
     except Exception as error:  # a version that does not fit this JAX may raise anything
-        return f"tokamax cannot be imported ({type(error).__name__}: {error}); install jaxmoe[tokamax]"
-    return "" if hasattr(library, "ragged_dot_general") else "this tokamax has no ragged_dot_general"
+        reason = f"{type(error).__name__}: {error}"
+        return f"tokamax cannot be imported ({reason}). Install jaxmoe[tokamax]"
+    if not flags.is_parsed():  # versions up to 0.0.12 take the program's own options for theirs
+        flags.mark_as_parsed()
+    missing = not hasattr(library, "ragged_dot_general")
+    return "this tokamax has no ragged_dot_general. Install a newer one" if missing else ""
 
 
 def forward(x: Any, w: Any, group_sizes: Any) -> Any:
@@ -55,9 +62,19 @@ def weight_grad(x: Any, d_y: Any, group_sizes: Any) -> Any:
 
 def _dot(a: Any, b: Any, group_sizes: Any, numbers: Any) -> Any:
     library = importlib.import_module("tokamax")
+    rows = a.shape[0]
+    a = _padded(a)
+    if numbers is ROWS_CONTRACTED:
+        b = _padded(b)
     sizes = library.RaggedDotGroupSizes(group_sizes, a.shape[0])
     # Its own code relies on JAX's default promotion of dtypes.
     with jax.numpy_dtype_promotion("standard"):
         y = library.ragged_dot_general(a, b, sizes, numbers, preferred_element_type=a.dtype)
     # Inside `jax.shard_map` its kernels do not say that their results differ among the devices.
-    return vary_alike((y, a, b))[0]
+    y = vary_alike((y, a, b))[0]
+    return y if numbers is ROWS_CONTRACTED else y[:rows]
+
+
+def _padded(rows: jax.Array) -> jax.Array:
+    """With as many rows as Mosaic's kernels want."""
+    return jnp.pad(rows, ((0, -rows.shape[0] % _ROWS_MULTIPLE), (0, 0)))
