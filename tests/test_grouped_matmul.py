@@ -145,7 +145,11 @@ def test_sharded_rows_with_equal_weights():
 
 ONES, WEIGHTS, SIZES = jnp.ones((4, 8)), jnp.ones((2, 8, 8)), jnp.zeros(2, jnp.int32)
 ERRORS = {
-    "x must be [C, D] and w [L, D, F], got [4, 8] and [2, 4, 8].": (ONES, WEIGHTS[:, :4], SIZES),
+    "x must be [C, D] or [L, S, D] and w [L, D, F], got [4, 8] and [2, 4, 8].": (
+        ONES,
+        WEIGHTS[:, :4],
+        SIZES,
+    ),
     "group_sizes must be int32 [2], one for each matrix of w, got int32 [1].": (
         ONES,
         WEIGHTS,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from jaxmoe._vma import vary_alike, zeros_alike
-from jaxmoe.products import blocked, cuda, ragged, tokamax
+from jaxmoe.products import blocked, cuda, masked, ragged, tokamax
 
 BACKENDS = ("auto", "cuda", "tokamax", "blocked", "ragged_dot")
 _log = logging.getLogger("jaxmoe")
@@ -25,36 +25,44 @@ class Choice(NamedTuple):
 
 
 def grouped_matmul(
-    x: Float[Array, "C D"],
+    x: Float[Array, "C D"] | Float[Array, "L S D"],
     w: Float[Array, "L D F"],
     group_sizes: Int32[Array, " L"],
     *,
     backend: str = "auto",
     block_rows: int = 128,
-) -> Float[Array, "C F"]:
+) -> Float[Array, "C F"] | Float[Array, "L S F"]:
     """`y[r] = x[r] @ w[g]` for the rows r of group g, which lie one group after the other.
 
-    Rows past the last group come out as zeros, and so do their gradients, whatever they hold. Sums
+    Or, for x [L, S, D] (masked layout, for decoding), in S slots of each group, of which the first
+    `group_sizes[g]` are in use.
+
+    Rows of no group come out as zeros, and so do their gradients, whatever they hold. Sums
     are in float32 on the GPU. Differentiable in x and w; the gradient of the matrix of an empty
     group is zero.
 
     Args:
-      x: [C, D] rows in the order of the groups.
+      x: [C, D] rows in the order of the groups; or [L, S, D].
       w: [L, D, F] one matrix for each group, in the dtype of x.
-      group_sizes: [L] rows of each group, on the device; they sum to at most C.
+      group_sizes: [L] rows of each group, on the device; they sum to at most C. In the masked
+        layout at most S each: more count as S.
       backend: "cuda" (Hopper GPUs, bfloat16), "tokamax" (that library's kernels, if installed),
         "blocked" (a loop over blocks of rows), "ragged_dot" (`jax.lax.ragged_dot`), or "auto"; see
-        `choose_backend`.
+        `choose_backend`. In the masked layout "cuda", "blocked", "batched" (one product of all
+        slots, which reads each matrix once) or "auto"; see `choose_masked_backend`.
       block_rows: rows per step of the "blocked" backend; about the rows of a typical group.
 
     Returns:
-      [C, F] in the dtype of x.
+      [C, F], or [L, S, F], in the dtype of x.
 
     Raises:
       ValueError: shapes or dtypes that do not fit, or an unknown backend.
       RuntimeError: backend="cuda" or "tokamax" where it cannot run.
     """
     _check(x, w, group_sizes)
+    if x.ndim == 3:
+        picked = choose_masked_backend(backend, x.dtype, (w.shape[1], w.shape[2])).backend
+        return masked.matmul(x, w, group_sizes, backend=picked, block_rows=block_rows)
     picked = choose_backend(backend, x.dtype, (w.shape[1], w.shape[2])).backend
     if 0 in (*x.shape, *w.shape):
         return zeros_alike(x, shape=(x.shape[0], w.shape[2]))
@@ -100,6 +108,30 @@ def choose_backend(
     return _announce(choice, slow=device.platform == "gpu")
 
 
+def choose_masked_backend(
+    backend: str, dtype: Any, widths: tuple[int, ...], device: jax.Device | None = None
+) -> Choice:
+    """The backend for products in the masked layout; arguments as for `choose_backend`.
+
+    "auto" is "blocked" on CPUs, where work counts, and "batched" elsewhere: with few slots the time
+    goes into reading the matrices, and XLA's batched product reads each once. "cuda" runs the
+    kernels for rows one after the other on all slots, which are then as many rows for each group.
+    """
+    if backend not in masked.BACKENDS:
+        raise ValueError(
+            f"grouped_matmul: backend for x [L, S, D] must be one of {masked.BACKENDS}, got "
+            f"{backend!r}."
+        )
+    if backend == "cuda":
+        return choose_backend(backend, dtype, widths, device)
+    if backend != "auto":
+        return Choice(backend, "asked for")
+    device = device or _default_device()
+    if device.platform == "cpu":
+        return Choice("blocked", "work follows the rows in use")
+    return Choice("batched", "each matrix is read once")
+
+
 @functools.cache
 def _announce(choice: Choice, slow: bool) -> Choice:
     """Says once what "auto" picked; users of GPUs want to know why they get a slow one."""
@@ -114,10 +146,11 @@ def _default_device() -> jax.Device:
 
 
 def _check(x: Any, w: Any, group_sizes: Any) -> None:
-    if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[1]:
+    fits = x.ndim in (2, 3) and w.ndim == 3 and x.shape[-1] == w.shape[1]
+    if not fits or (x.ndim == 3 and x.shape[0] != w.shape[0]):
         raise ValueError(
-            f"grouped_matmul: x must be [C, D] and w [L, D, F], got {list(x.shape)} and "
-            f"{list(w.shape)}."
+            f"grouped_matmul: x must be [C, D] or [L, S, D] and w [L, D, F], got {list(x.shape)} "
+            f"and {list(w.shape)}."
         )
     if group_sizes.shape != w.shape[:1] or group_sizes.dtype != jnp.int32:
         raise ValueError(

@@ -15,10 +15,15 @@ I32 = jnp.int32
 
 
 class Blocks:
-    """Blocks of at most `size` consecutive rows of one group, in the order of the rows."""
+    """Blocks of at most `size` consecutive rows of one group, in the order of the rows.
 
-    def __init__(self, group_sizes: jax.Array, capacity: int, size: int):
+    Groups lie one after the other, or begin every `slots` rows.
+    """
+
+    def __init__(self, group_sizes: jax.Array, capacity: int, size: int, slots: int | None = None):
         ends = jnp.cumsum(group_sizes, dtype=I32)
+        if slots is not None:
+            ends = jnp.arange(group_sizes.shape[0], dtype=I32) * I32(slots) + group_sizes
         per_group = (group_sizes + I32(size - 1)) // I32(size)
         last = jnp.cumsum(per_group, dtype=I32)
         index = jnp.arange(capacity // size + group_sizes.shape[0], dtype=I32)
