@@ -30,13 +30,14 @@ _HOME = {
     "update_bias": "jaxmoe.routing",
 }
 
-_MODULES = ("balance", "compress", "estimate", "losses")
+_MODULES = ("balance", "compress", "estimate", "losses", "residuals")
 
 if TYPE_CHECKING:
     from jaxmoe import balance as balance
     from jaxmoe import compress as compress
     from jaxmoe import estimate as estimate
     from jaxmoe import losses as losses
+    from jaxmoe import residuals as residuals
     from jaxmoe.group import ExpertParallel as ExpertParallel
     from jaxmoe.layer import MoEStats as MoEStats
     from jaxmoe.nnx import MoE as MoE

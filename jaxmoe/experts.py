@@ -25,10 +25,9 @@ from jaxmoe._vma import vary_alike, zeros_alike
 from jaxmoe.products import batched, choose_backend, cuda, grouped_matmul
 from jaxmoe.products.blocks import Blocks
 from jaxmoe.quantized import QuantizedExperts, matmul
+from jaxmoe.residuals import GATE, UP
 
 F32 = jnp.float32
-# Names of what is kept for the gradient, for policies of `jax.checkpoint`.
-GATE_NAME, UP_NAME = "jaxmoe_expert_gate", "jaxmoe_expert_up"
 
 
 def swiglu(
@@ -64,7 +63,7 @@ def swiglu_experts(
       block_rows: rows per step of the "blocked" backend; about the rows of a typical expert.
       backend: "cuda", "tokamax", "blocked", "ragged_dot" or "auto", as for
         `jaxmoe.grouped_matmul`. Except for "blocked" and "batched", the gradient keeps rows @ gate
-        and rows @ up, named `GATE_NAME` and `UP_NAME` for policies of `jax.checkpoint`. Also
+        and rows @ up, with names for policies of `jax.checkpoint` (`jaxmoe.residuals`). Also
         "batched", which "auto" never is here, but in the layer.
       max_rows: the most rows that an expert can have, for the "batched" backend: if one has more,
         all rows come out as NaN.
@@ -110,7 +109,7 @@ def swiglu_experts(
     if backend == "cuda" and plain:
         return _fused(*operands)
     if backend in ("ragged_dot", "tokamax"):
-        return _separate(backend, *operands)
+        return _separate((backend, block_rows), *operands)
     return _blocked(min(block_rows, rows.shape[0]), *operands)
 
 
@@ -136,7 +135,7 @@ def _fused(rows: Any, group_sizes: Any, gate: Any, up: Any, down: Any) -> Any:
 
 def _fused_fwd(rows: Any, group_sizes: Any, gate: Any, up: Any, down: Any) -> Any:
     hidden, a, b = cuda.swiglu(rows, gate, up, group_sizes, save=True)
-    a, b = checkpoint_name(a, GATE_NAME), checkpoint_name(b, UP_NAME)
+    a, b = checkpoint_name(a, GATE), checkpoint_name(b, UP)
     return cuda.forward(hidden, down, group_sizes), (rows, group_sizes, gate, up, down, a, b)
 
 
@@ -159,15 +158,18 @@ def _activate(a: Any, b: Any) -> Any:
 _fused.defvjp(_fused_fwd, _fused_bwd)
 
 
-def _separate(backend: str, rows: Any, group_sizes: Any, gate: Any, up: Any, down: Any) -> Any:
+def _separate(
+    how: tuple[str, int], rows: Any, group_sizes: Any, gate: Any, up: Any, down: Any
+) -> Any:
     """One grouped product after the other."""
+    backend, block = how
 
     def dot(x: Any, w: Any) -> jax.Array:
-        return grouped_matmul(x, w, group_sizes, backend=backend)
+        return grouped_matmul(x, w, group_sizes, backend=backend, block_rows=block)
 
     # Of the rows that belong to nobody, the gate's product is zero, whatever the shared one is.
     a, b = dot(rows, gate), rows @ up[0] if up.shape[0] == 1 else dot(rows, up)
-    a, b = checkpoint_name(a, GATE_NAME), checkpoint_name(b, UP_NAME)
+    a, b = checkpoint_name(a, GATE), checkpoint_name(b, UP)
     return dot(jax.nn.silu(a) * b, down)
 
 

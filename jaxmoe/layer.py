@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from jaxmoe import losses
+from jaxmoe import losses, residuals
 from jaxmoe.balance.choice import choose_replicas, locality_of, near_replicas, tie_replicas
 from jaxmoe.balance.placement import Placement, check_placement
 from jaxmoe.balance.statistics import Observation, observe
@@ -242,6 +243,7 @@ def _local_layer(
     else:
         rows, row_weights, plan = dispatch(group, tokens, slots, weights, site=config.site)
         shared_y = None
+    rows, row_weights = checkpoint_name((rows, row_weights), residuals.ROWS)
     # A token chooses an expert once, so that one has no more rows than there are tokens.
     most = group.num_devices * tokens.shape[0]
     expert_rows = swiglu_experts(
@@ -254,6 +256,7 @@ def _local_layer(
         backend=_backend(config, most, weight),
         max_rows=most,
     )
+    expert_rows = checkpoint_name(expert_rows, residuals.EXPERT_ROWS)
     y = combine(group, expert_rows, row_weights, plan, site=config.site)
     if config.num_shared_experts:
         # Apart, or XLA makes it one product with the sum, which waits for the exchange.

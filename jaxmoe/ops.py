@@ -9,12 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int32
 
 from jaxmoe import _ffi, reference
 from jaxmoe._vma import vary_alike
 from jaxmoe.group import ExpertParallel
 from jaxmoe.plan import Plan
+from jaxmoe.residuals import PLAN
 
 _BACKENDS: dict[str, ModuleType] = {
     "xla": reference,
@@ -129,6 +131,7 @@ def _dispatch(group: ExpertParallel, site: int, x: Any, expert_ids: Any, weights
 def _dispatch_fwd(group: ExpertParallel, site: int, x: Any, expert_ids: Any, weights: Any) -> Any:
     _check_derivative(group)
     rows, row_weights, plan = _dispatch(group, site, x, expert_ids, weights)
+    plan = checkpoint_name(plan, PLAN)
     return (rows, row_weights, plan), plan
 
 

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 import jaxmoe
-from jaxmoe import experts
+from jaxmoe import experts, layer, residuals
+from jaxmoe.layer_config import param_specs
 from jaxmoe.products import cuda, ragged
 
 C, D, F, L = 40, 16, 24, 3
@@ -48,8 +49,17 @@ def draw(dtype: Any) -> tuple[Any, ...]:
 
 
 def targets(f: Any, *args: Any) -> Counter[str]:
+    """The library's custom calls of a run; those of functions that run twice are counted twice."""
     text = jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-    return Counter(re.findall(r"@(jaxmoe_\w+)", text))
+    bodies = dict(re.findall(r"func\.func \w+ @(\w+)\((.*?)\n  }", text, re.DOTALL))
+
+    def count(name: str) -> Counter[str]:
+        found = Counter(re.findall(r"custom_call @(jaxmoe_\w+)", bodies[name]))
+        for callee in re.findall(r"\bcall @(\w+)\(", bodies[name]):
+            found += count(callee)
+        return found
+
+    return count("main")
 
 
 def swiglu_experts(*args: Any) -> jax.Array:
@@ -101,10 +111,39 @@ def test_calls_of_the_experts():
 def test_checkpoint_saves_by_name(save: bool):
     """Saved, gate and up are not computed again for the gradient."""
     args = draw(jnp.bfloat16)
-    names = (experts.GATE_NAME, experts.UP_NAME) if save else ()
+    names = (residuals.GATE, residuals.UP) if save else ()
     policy = jax.checkpoint_policies.save_only_these_names(*names)
     found = targets(gradient(jax.checkpoint(swiglu_experts, policy=policy)), *args)
     assert found["jaxmoe_grouped_swiglu"] + found["jaxmoe_grouped_swiglu_saving"] == 2 - save
+
+
+def test_checkpoint_of_a_layer_saves_by_name():
+    """The names reach through the layer's own `jax.shard_map`; without one, its part runs again."""
+    mesh = jax.make_mesh((2,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+    group = jaxmoe.ExpertParallel(
+        mesh, num_experts=2 * L, top_k=2, dim=D, max_tokens=8, transport="cpu"
+    )
+    config = layer.MoEConfig(group, F, backend="cuda")
+    params = {
+        name: jnp.zeros(spec.shape, jnp.bfloat16) for name, spec in param_specs(config).items()
+    }
+
+    def calls(names: tuple[str, ...]) -> tuple[int, ...]:
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+        apply = jax.checkpoint(lambda p, x: layer.moe_layer(config, p, x)[0], policy=policy)
+        loss = lambda p, x: jnp.sum(apply(p, x).astype(jnp.float32))  # noqa: E731
+        found = targets(
+            jax.value_and_grad(loss, argnums=(0, 1)), params, jnp.zeros((16, D), jnp.bfloat16)
+        )
+        swiglu = found["jaxmoe_grouped_swiglu"] + found["jaxmoe_grouped_swiglu_saving"]
+        return found["jaxmoe_dispatch"], swiglu, found["jaxmoe_grouped_matmul"]
+
+    r = residuals
+    assert calls(()) == (2, 2, 2)
+    assert calls((r.GATE, r.UP)) == (2, 2, 2)
+    assert calls((r.GATE, r.UP, r.EXPERT_ROWS)) == (2, 1, 1)
+    assert calls((r.PLAN, r.ROWS)) == (1, 2, 2)
+    assert calls(r.NAMES) == (1, 1, 1)
 
 
 @pytest.mark.usefixtures("stand_ins")

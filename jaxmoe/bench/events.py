@@ -72,10 +72,9 @@ def time_with_events(operation: Operation, transport: str, calls: int, repeats: 
 
 def intervals(
     mesh: jax.sharding.Mesh, transport: str, num: int, run: Callable[[], Any], repeats: int
-) -> list[list[float]]:
-    """Microseconds between the `num + 1` records of a program that `run` calls.
-
-    For each interval one of every repeat, on the slowest device of this process.
+) -> list[list[list[float]]]:
+    """Microseconds between the `num + 1` records of a program that `run` calls: for each interval
+    and repeat those of every device of this process.
     """
     lib, reason = load(transport)
     if lib is None:
@@ -85,11 +84,11 @@ def intervals(
         cuda.call(lib.jaxmoe_cuda_make_events, ctypes.c_int(device), ctypes.c_int64(num + 1))
     for _ in range(WARM_UPS["gpu"]):
         jax.block_until_ready(run())
-    us: list[list[float]] = [[] for _ in range(num)]
+    us: list[list[list[float]]] = [[] for _ in range(num)]
     for _ in range(repeats):
         jax.block_until_ready(run())
         for slot in range(num):
-            us[slot].append(max(_elapsed_us(lib, device, slot) for device in devices))
+            us[slot].append([_elapsed_us(lib, device, slot) for device in devices])
     return us
 
 

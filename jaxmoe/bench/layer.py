@@ -31,6 +31,7 @@ from jaxmoe.layer_config import MoEConfig, param_specs
 # or less, and sums are taken in another order.
 _TOLERANCES = {"bfloat16": 2.0**-5, "float16": 2.0**-8, "float32": 1e-4}
 _FEWEST_CALLS = 2
+_SIDE_MULTIPLE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ class LayerResult:
     forward: Timing | None = None
     both: Timing | None = None
     """Forward and backward."""
-    phases: dict[str, Timing] = dataclasses.field(default_factory=dict)
+    phases: dict[str, phases.PhaseTiming] = dataclasses.field(default_factory=dict)
     phase_note: str = ""
 
     @property
@@ -103,8 +104,8 @@ class LayerReport:
     dtype: str
     capacity_factor: float | None
     traffic: floors.Traffic
-    dense: Timing
-    """A product of as many rows, [rows, D] x [D, 2 F], with one matrix for all."""
+    dense: dict[tuple[int, int, int], Timing]
+    """Products [m, k] x [k, n] with one matrix: as many rows as the layer's, and a cube."""
     own: str
     results: list[LayerResult]
     running: str = ""
@@ -136,6 +137,7 @@ class LayerBench:
             factor = floors.snug_factor(ids, shape.num_experts)
         self.close()
         self.capacity_factor = factor
+        self._group(settings.transport)  # refuses what it cannot serve, before anything slow
         capacity = self._group("xla").capacity(shape.tokens)
         self.traffic = floors.traffic(ids, shape.num_experts, capacity)
 
@@ -215,7 +217,7 @@ class LayerBench:
             "+".join(self.own()),
             [],
         )
-        progress("dense product")
+        progress("dense products")
         for transport, backend in self.combinations():
             result = LayerResult(transport, backend, "skipped")
             report.results.append(result)
@@ -341,18 +343,28 @@ class LayerBench:
         program = jax.jit(arrange, out_shardings=sharding)
         return program(self.params, self.x, self.d_y)
 
-    def _time_dense(self) -> Timing:
-        rows, dim, width = self.traffic.num_rows.max(), self.shape.dim, 2 * self.shape.hidden_dim
-        dtype, num = self.settings.dtype, self.mesh.size
-
-        def draw() -> tuple[Any, Any]:
-            keys = jax.random.split(jax.random.key(3), 2)
-            a = jax.random.normal(keys[0], (num, int(rows), dim), dtype)
-            return a, jax.random.normal(keys[1], (num, dim, width), dtype)
-
+    def _time_dense(self) -> dict[tuple[int, int, int], Timing]:
+        """Of the layer's rows, D and 2 F, and of a cube of about as much work."""
+        rows = int(self.traffic.num_rows.max())
+        sizes = (rows, self.shape.dim, 2 * self.shape.hidden_dim)
+        side = max(
+            _SIDE_MULTIPLE, round(math.prod(sizes) ** (1 / 3) / _SIDE_MULTIPLE) * _SIDE_MULTIPLE
+        )
         sharding = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
-        operands = jax.jit(draw, out_shardings=sharding)()
-        return self._time(clocks.compile_on(self.mesh, jnp.matmul, operands), operands)
+
+        def draw(m: int, k: int, n: int) -> tuple[Any, Any]:
+            keys = jax.random.split(jax.random.key(3), 2)
+            shapes = (self.mesh.size, m, k), (self.mesh.size, k, n)
+            dtype = jnp.dtype(self.settings.dtype)
+            a, b = (jax.random.normal(*of, dtype) for of in zip(keys, shapes, strict=True))
+            return a, b
+
+        timings = {}
+        for mkn in (sizes, (side,) * 3):
+            operands = jax.jit(functools.partial(draw, *mkn), out_shardings=sharding)()
+            program = clocks.compile_on(self.mesh, jnp.matmul, operands)
+            timings[mkn] = self._time(program, operands)
+        return timings
 
 
 def forward(config: MoEConfig, params: Any, x: Any) -> jax.Array:

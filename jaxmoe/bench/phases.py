@@ -8,6 +8,7 @@ follow on each other in a layer; or, where there are no events, each in a progra
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -53,6 +54,17 @@ class Phase:
     function: Callable[..., tuple[Any, ...]]
     reads: tuple[str, ...]
     writes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseTiming(Timing):
+    """Of the slowest device; `least_us` is that of the fastest.
+
+    An exchange ends on no device before it has begun on all: what the device waits that comes
+    first, the other does not, so that the exchange itself takes `least_us`.
+    """
+
+    least_us: float | None = None
 
 
 def phases(config: MoEConfig, block_rows: int, backend: str) -> list[Phase]:
@@ -128,14 +140,15 @@ def _hidden(a: Any, b: Any) -> jax.Array:
 
 def time_alone(
     parts: list[Phase], mesh: jax.sharding.Mesh, inputs: dict[str, Any], calls: int, repeats: int
-) -> Iterator[tuple[str, Timing]]:
+) -> Iterator[tuple[str, PhaseTiming]]:
     """Each phase by itself, for inputs [R, ...]: calls from Python, one after the other."""
     state = dict(inputs)
     for phase in parts:
         operands = tuple(state[name] for name in phase.reads)
         program = clocks.compile_on(mesh, lambda *a, f=phase.function: tuple(f(*a)), operands)
         state.update(zip(phase.writes, program(*operands), strict=True))
-        yield phase.name, clocks.time_calls(program, operands, calls, repeats)
+        timing = clocks.time_calls(program, operands, calls, repeats)
+        yield phase.name, PhaseTiming(**vars(timing))
 
 
 def time_together(
@@ -144,7 +157,7 @@ def time_together(
     inputs: dict[str, Any],
     transport: str,
     repeats: int,
-) -> Iterator[tuple[str, Timing]]:
+) -> Iterator[tuple[str, PhaseTiming]]:
     """All phases of one program, for inputs [R, ...]: CUDA events at their borders."""
     names = tuple(inputs)
     target = events.target(transport)
@@ -155,8 +168,10 @@ def time_together(
     program = clocks.compile_on(mesh, step, tuple(inputs.values()))
     operands = tuple(inputs.values())
     times = events.intervals(mesh, transport, len(parts), lambda: program(*operands), repeats)
-    for phase, us in zip(parts, times, strict=True):
-        yield phase.name, clocks.summarize(clocks.slowest(us), 1)
+    for phase, repeated in zip(parts, times, strict=True):
+        most = clocks.summarize(clocks.slowest([max(us) for us in repeated]), 1)
+        least = clocks.slowest([-min(us) for us in repeated])
+        yield phase.name, PhaseTiming(**vars(most), least_us=-statistics.median(least))
 
 
 def chain(parts: list[Phase], target: str, state: dict[str, Any]) -> Any:

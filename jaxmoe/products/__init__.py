@@ -75,9 +75,10 @@ def choose_backend(
 ) -> Choice:
     """The backend for products of `dtype` between rows of the given widths.
 
-    "auto" is "cuda" wherever that runs, in all directions; on other GPUs and for other dtypes
-    "tokamax" if it is installed, which is slower where both run; else "blocked" on GPUs and CPUs;
-    and "ragged_dot" elsewhere.
+    "auto" is "cuda" wherever that runs, in all directions; where it does not on a Hopper GPU, and
+    tokamax is installed, "tokamax" for 16-bit dtypes (forward it takes twice as long as "cuda" and
+    a third of "blocked" in a layer of 32,768 rows and 128 experts on an H200); "blocked" on other
+    GPUs and on CPUs; and "ragged_dot" elsewhere.
 
     Args:
       backend: the user's choice, one of `BACKENDS`.
@@ -101,7 +102,8 @@ def choose_backend(
         return Choice(backend, "asked for")
     if not reason:
         return _announce(Choice("cuda", "it can run"), slow=False)
-    if device.platform == "gpu" and jnp.dtype(dtype).itemsize == 2 and not tokamax.why_not():
+    hopper = str(getattr(device, "compute_capability", "")) == "9.0"
+    if hopper and jnp.dtype(dtype).itemsize == 2 and not tokamax.why_not():
         return _announce(Choice("tokamax", f"not 'cuda': {reason}"), slow=False)
     known = device.platform in ("cpu", "gpu")
     choice = Choice("blocked" if known else "ragged_dot", f"not 'cuda': {reason}")
@@ -115,7 +117,9 @@ def choose_masked_backend(
 
     "auto" is "blocked" on CPUs, where work counts, and "batched" elsewhere: with few slots the time
     goes into reading the matrices, and XLA's batched product reads each once. "cuda" runs the
-    kernels for rows one after the other on all slots, which are then as many rows for each group.
+    kernels for rows one after the other on all slots, which are then as many rows for each group:
+    on an H200 (128 matrices [7168, 4096], bfloat16) 1895 µs against 1716 with 8 slots, 2578 against
+    1997 with 128.
     """
     if backend not in masked.BACKENDS:
         raise ValueError(
@@ -167,8 +171,9 @@ def _check(x: Any, w: Any, group_sizes: Any) -> None:
 def _module(how: tuple[str, int]) -> Any:
     """The backend's `forward`, `input_grad` and `weight_grad`."""
     backend, block = how
-    modules = {"cuda": cuda, "tokamax": tokamax, "ragged_dot": ragged}
-    return modules.get(backend) or blocked.Blocked(block)
+    if backend == "tokamax":
+        return tokamax.Tokamax(block)
+    return {"cuda": cuda, "ragged_dot": ragged}.get(backend) or blocked.Blocked(block)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

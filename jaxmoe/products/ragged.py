@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 F32 = jnp.float32
-ROWS_CONTRACTED = lax.RaggedDotDimensionNumbers(
+_ROWS_CONTRACTED = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())),
     lhs_ragged_dimensions=(0,),
     rhs_group_dimensions=(),
@@ -32,7 +32,7 @@ def weight_grad(x: Any, d_y: Any, group_sizes: Any) -> Any:
         only_used(x, group_sizes),
         only_used(d_y, group_sizes),
         group_sizes,
-        ROWS_CONTRACTED,
+        _ROWS_CONTRACTED,
         preferred_element_type=F32,
     )
     return d_w.astype(x.dtype)
