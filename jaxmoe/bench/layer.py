@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxmoe
 from jaxmoe import layer, products
-from jaxmoe.bench import clocks, events, exchange, floors, loads, phases
+from jaxmoe.bench import clocks, dense, events, exchange, floors, loads, phases
 from jaxmoe.bench.clocks import Timing
 from jaxmoe.bench.layer_inputs import make_inputs
 from jaxmoe.layer_config import MoEConfig, param_specs
@@ -31,7 +31,6 @@ from jaxmoe.layer_config import MoEConfig, param_specs
 # or less, and sums are taken in another order.
 _TOLERANCES = {"bfloat16": 2.0**-5, "float16": 2.0**-8, "float32": 1e-4}
 _FEWEST_CALLS = 2
-_SIDE_MULTIPLE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +90,7 @@ class LayerResult:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it has neither the library's exchange nor its kernels for products."""
+        """Whether it has none of the library's custom calls, for exchange or products."""
         return self.transport == "xla" and self.backend != "cuda"
 
 
@@ -198,6 +197,11 @@ class LayerBench:
         plain = [("xla", b) for b in backends]
         return list(dict.fromkeys([("xla", "blocked"), own, *plain]))
 
+    def _sizes(self) -> tuple[int, int, int]:
+        """The first product's: rows of the device that has most, D and 2 F."""
+        rows = int(self.traffic.num_rows.max())
+        return rows, self.shape.dim, 2 * self.shape.hidden_dim
+
     def num_steps(self) -> int:
         """How often `run` tells its progress, if all goes well."""
         runs = [c for c in self.combinations() if not self._why_not(c[1])]
@@ -213,7 +217,7 @@ class LayerBench:
             self.settings.dtype,
             self.capacity_factor,
             self.traffic,
-            self._time_dense(),
+            dense.time_products(self.mesh, self._sizes(), self.settings.dtype, self._time),
             "+".join(self.own()),
             [],
         )
@@ -342,29 +346,6 @@ class LayerBench:
 
         program = jax.jit(arrange, out_shardings=sharding)
         return program(self.params, self.x, self.d_y)
-
-    def _time_dense(self) -> dict[tuple[int, int, int], Timing]:
-        """Of the layer's rows, D and 2 F, and of a cube of about as much work."""
-        rows = int(self.traffic.num_rows.max())
-        sizes = (rows, self.shape.dim, 2 * self.shape.hidden_dim)
-        side = max(
-            _SIDE_MULTIPLE, round(math.prod(sizes) ** (1 / 3) / _SIDE_MULTIPLE) * _SIDE_MULTIPLE
-        )
-        sharding = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
-
-        def draw(m: int, k: int, n: int) -> tuple[Any, Any]:
-            keys = jax.random.split(jax.random.key(3), 2)
-            shapes = (self.mesh.size, m, k), (self.mesh.size, k, n)
-            dtype = jnp.dtype(self.settings.dtype)
-            a, b = (jax.random.normal(*of, dtype) for of in zip(keys, shapes, strict=True))
-            return a, b
-
-        timings = {}
-        for mkn in (sizes, (side,) * 3):
-            operands = jax.jit(functools.partial(draw, *mkn), out_shardings=sharding)()
-            program = clocks.compile_on(self.mesh, jnp.matmul, operands)
-            timings[mkn] = self._time(program, operands)
-        return timings
 
 
 def forward(config: MoEConfig, params: Any, x: Any) -> jax.Array:

@@ -137,8 +137,10 @@ def conclusions(found: LayerReport) -> list[str]:
     for title, field in (("forward", "forward"), ("forward + backward", "both")):
         speedup, name = against_plain(found, field)
         if speedup is not None:
-            lines.append(f"{title}: {found.own} is {speedup:.2f} x as fast as {name}, the best "
-                         "with neither this library's exchange nor its products")  # fmt: skip
+            lines.append(
+                f"{title}: {found.own} is {speedup:.2f} x as fast as {name}, the best without this "
+                "library's custom calls"
+            )
     shares = expert_shares(own) if own else {}
     for title, names in shares.items():
         lines.append(f"experts, {title}: {_share(found, own, names):.1%} of the best dense product")
