@@ -1,13 +1,14 @@
 // Checks the grouped products against plain ones, and times them, without JAX.
 //
 //   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -I. -o grouped \
-//     benchmarks/cuda/grouped.cu xla_ffi/gemm/{products.cu,tensor_map.cc}
-//   ./grouped [check | time]
+//     benchmarks/cuda/grouped.cu xla_ffi/gemm/{products.cu,fp8.cu,tensor_map.cc}
+//   ./grouped [check | time | check8 | time8]; 8: FP8
 //
 // A time is that of CUDA events around kCalls calls in a row, divided by their number. Data are
 // random (constant data draw less power and run faster), sizes of groups from Dirichlet(20).
 
 #include <cuda_bf16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -34,14 +35,17 @@ void Check(cudaError_t error) {
   std::exit(1);
 }
 
+__device__ float Hash(int64_t i, uint32_t seed) {  // -0.5 to 0.5
+  uint32_t h = static_cast<uint32_t>(i * 2654435761u) ^ (seed * 0x9e3779b9u) ^
+               static_cast<uint32_t>(i >> 32);
+  h ^= h >> 16, h *= 0x85ebca6bu, h ^= h >> 13, h *= 0xc2b2ae35u, h ^= h >> 16;
+  return h * 0x1p-32f - 0.5f;
+}
 // Values of variance 1 from a hash of the place.
 __global__ void Fill(Bf16* data, int64_t n, uint32_t seed, float scale) {
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < n;
        i += int64_t{gridDim.x} * blockDim.x) {
-    uint32_t h = static_cast<uint32_t>(i * 2654435761u) ^ (seed * 0x9e3779b9u) ^
-                 static_cast<uint32_t>(i >> 32);
-    h ^= h >> 16, h *= 0x85ebca6bu, h ^= h >> 13, h *= 0xc2b2ae35u, h ^= h >> 16;
-    data[i] = __float2bfloat16((h * 0x1p-32f - 0.5f) * 3.4641f * scale);
+    data[i] = __float2bfloat16(Hash(i, seed) * 3.4641f * scale);
   }
 }
 
@@ -240,6 +244,114 @@ void TimeProblem(const Shape& s, int num_sms) {
   FreeArrays(a);
 }
 
+// FP8 operands: values of variance 1 and scales about 1, of rows as the kernels want them.
+__global__ void FillFp8(__nv_fp8_e4m3* data, int64_t n, uint32_t seed) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < n;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    data[i] = __nv_fp8_e4m3(Hash(i, seed) * 3.4641f);
+  }
+}
+__global__ void FillScales(float* data, int64_t n, uint32_t seed, float scale) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < n;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    data[i] = (1 + Hash(i, seed)) * scale;
+  }
+}
+
+struct Fp8Arrays {
+  __nv_fp8_e4m3 *x, *w;
+  float *x_scales, *w_scales;
+  Bf16* y;
+  int32_t* sizes;
+  int64_t blocks, feature_blocks, columns;
+};
+
+template <typename T, typename... Args>
+T* Filled(void (*fill)(T*, int64_t, Args...), int64_t n, Args... args) {
+  T* data = Allocate<T>(n, 0);
+  fill<<<1024, 256>>>(data, n, args...);
+  return data;
+}
+
+Fp8Arrays MakeFp8(const Problem& p) {
+  const Shape& s = p.shape;
+  Fp8Arrays a = {};
+  a.blocks = (s.dim + 127) / 128, a.feature_blocks = (s.features + 127) / 128;
+  a.columns = (s.num_rows + 3) / 4 * 4;
+  a.x = Filled(FillFp8, s.num_rows * s.dim, 1u);
+  a.x_scales = Filled(FillScales, a.blocks * a.columns, 2u, 1.0f);
+  a.w = Filled(FillFp8, s.num_groups * s.features * s.dim, 3u);
+  a.w_scales = Filled(FillScales, s.num_groups * a.feature_blocks * a.blocks, 4u,
+                      1 / std::sqrt(static_cast<float>(s.dim)));
+  a.y = Allocate<Bf16>(s.num_rows * s.features, 0xff);
+  a.sizes = Allocate<int32_t>(s.num_groups, 0);
+  Check(cudaMemcpy(a.sizes, p.sizes.data(), s.num_groups * 4, cudaMemcpyHostToDevice));
+  return a;
+}
+
+void FreeFp8(const Fp8Arrays& a) {
+  void* const all[] = {a.x, a.w, a.x_scales, a.w_scales, a.y, a.sizes};
+  for (void* p : all) Check(cudaFree(p));
+}
+
+cudaError_t Fp8Forward(const Shape& s, int num_sms, const Fp8Arrays& a) {
+  return LaunchFp8Forward(0, num_sms, s, a.x, a.x_scales, a.w, a.w_scales, a.sizes, a.y);
+}
+
+template <typename T>
+std::vector<T> Raw(const T* p, int64_t n) {
+  std::vector<T> values(n);
+  Check(cudaMemcpy(values.data(), p, n * sizeof(T), cudaMemcpyDeviceToHost));
+  return values;
+}
+
+void CheckFp8(const char* name, const Problem& p, int num_sms) {
+  const Shape& s = p.shape;
+  const Fp8Arrays a = MakeFp8(p);
+  for (int call = 0; call < 2; ++call) Check(Fp8Forward(s, num_sms, a));
+  Check(cudaDeviceSynchronize());
+  const auto y = ToHost(a.y, s.num_rows * s.features);
+  const auto raw_x = Raw(a.x, s.num_rows * s.dim);
+  const auto raw_w = Raw(a.w, s.num_groups * s.features * s.dim);
+  const std::vector<float> x(raw_x.begin(), raw_x.end()), w(raw_w.begin(), raw_w.end());
+  const auto x_scales = Raw(a.x_scales, a.blocks * a.columns);
+  const auto w_scales = Raw(a.w_scales, s.num_groups * a.feature_blocks * a.blocks);
+  Worst forward;
+  int64_t begin = 0;
+  for (int64_t g = 0; g < s.num_groups; begin += p.sizes[g++]) {
+    for (int64_t r = begin; r < begin + p.sizes[g]; ++r) {
+      for (int64_t f = 0; f < s.features; ++f) {
+        double sum = 0;
+        for (int64_t d = 0; d < s.dim; ++d) {
+          const double scale = double{x_scales[d / 128 * a.columns + r]} *
+                               w_scales[(g * a.feature_blocks + f / 128) * a.blocks + d / 128];
+          sum += scale * x[r * s.dim + d] * w[(g * s.features + f) * s.dim + d];
+        }
+        forward.Add(y[r * s.features + f], sum);
+      }
+    }
+  }
+  for (int64_t at = begin * s.features; at < s.num_rows * s.features; ++at) {
+    forward.Add(y[at] == 0 ? 0 : NAN, 0);
+  }
+  std::printf("%-12s %8.5f FP8\n", name, forward.error);
+  std::fflush(stdout);
+  FreeFp8(a);
+}
+
+void TimeFp8(const Shape& s, int num_sms) {
+  const Problem p = {s, Dirichlet(s.num_rows, s.num_groups, 7)};
+  const Fp8Arrays a = MakeFp8(p);
+  const double us = Microseconds([&] { return Fp8Forward(s, num_sms, a); });
+  std::printf("%7ld %5ld %5ld %4ld  %-9s %9.1f us %7.1f TFLOP/s  weights %6.0f GB/s\n",
+              static_cast<long>(s.num_rows), static_cast<long>(s.dim),
+              static_cast<long>(s.features), static_cast<long>(s.num_groups), "fp8", us,
+              2e-6 * s.num_rows * s.dim * s.features / us,
+              1e-3 * s.num_groups * s.dim * s.features / us);
+  std::fflush(stdout);
+  FreeFp8(a);
+}
+
 void TimeCopy() {
   constexpr int64_t kBytes = int64_t{4} << 30;
   char *from = Allocate<char>(kBytes, 1), *to = Allocate<char>(kBytes, 2);
@@ -258,7 +370,7 @@ int main(int argc, char** argv) {
   Check(cudaGetDeviceProperties(&device, 0));
   const int num_sms = device.multiProcessorCount;
   std::printf("%s, %d multiprocessors\n", device.name, num_sms);
-  if (what != "time") {
+  if (what == "check" || what.empty()) {
     std::printf("largest |error| / (|value| + 1); bf16 rounds to %.5f\n", 0x1p-8);
     std::printf("             forward      d_x      d_w   swiglu  x gate, x up\n");
     CheckProblem("one row", {{1, 8, 8, 1}, {1}}, num_sms);
@@ -270,13 +382,30 @@ int main(int argc, char** argv) {
     CheckProblem("wide", {{600, 136, 520, 3}, Dirichlet(600, 3, 2)}, num_sms);
     CheckProblem("few blocks", {{700, 200, 264, 6}, Dirichlet(650, 6, 3)}, 4);
   }
-  if (what != "check") {
+  if (what == "check8" || what.empty()) {
+    CheckFp8("one row", {{1, 16, 8, 1}, {1}}, num_sms);
+    CheckFp8("no rows", {{40, 64, 64, 2}, {0, 0}}, num_sms);
+    CheckFp8("even", {{512, 256, 256, 2}, {256, 256}}, num_sms);
+    CheckFp8("uneven", {{300, 144, 136, 5}, {0, 1, 200, 0, 17}}, num_sms);
+    CheckFp8("one huge", {{1100, 256, 200, 3}, {3, 1061, 0}}, num_sms);
+    CheckFp8("deep", {{200, 2048, 520, 3}, Dirichlet(190, 3, 2)}, num_sms);
+    CheckFp8("many", {{999, 272, 72, 70}, Dirichlet(950, 70, 1)}, num_sms);
+    CheckFp8("few blocks", {{700, 208, 264, 6}, Dirichlet(650, 6, 3)}, 4);
+  }
+  if (what == "time" || what.empty()) {
     TimeCopy();
     TimeProblem({32768, 7168, 4096, 128}, num_sms);
     TimeProblem({32768, 2048, 7168, 128}, num_sms);
     TimeProblem({32768, 7168, 2048, 128}, num_sms);
     TimeProblem({256, 7168, 4096, 128}, num_sms);
     TimeProblem({256, 2048, 7168, 128}, num_sms);
+  }
+  if (what == "time8" || what.empty()) {
+    TimeFp8({32768, 7168, 4096, 128}, num_sms);
+    TimeFp8({32768, 2048, 7168, 128}, num_sms);
+    TimeFp8({32768, 7168, 2048, 128}, num_sms);
+    TimeFp8({256, 7168, 4096, 128}, num_sms);
+    TimeFp8({256, 2048, 7168, 128}, num_sms);
   }
   return 0;
 }

@@ -164,6 +164,12 @@ __device__ __forceinline__ void WriteShared(uint32_t address, uint4 v) {
                : "memory");
 }
 
+__device__ __forceinline__ float2 ReadSharedPair(uint32_t address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
+  return v;
+}
+
 // Four 8 x 8 matrices of bf16 from a warp's registers; lane l gives the address of row l % 8 of
 // matrix l / 8.
 template <bool kTransposed>

@@ -55,12 +55,12 @@ __device__ __forceinline__ uint32_t PieceAddress(uint32_t block, int row, int pi
 }
 
 // Writes up to kRows columns of the product as rows of y: 64 features of `rows` tokens, laid out
-// at `out`. y points to the first; `width` is its row length and `features` how many of it are
-// left.
+// at `out`, but for the first `skipped`. y points to the first; `width` is its row length and
+// `features` how many of it are left.
 template <int kRows>
 __device__ __forceinline__ void WriteTokens(uint32_t out, const Place& place,
                                             const uint32_t* packed, int rows, __nv_bfloat16* y,
-                                            int width, int features) {
+                                            int width, int features, int skipped = 0) {
   place.SyncGroup();  // the tile before has left
 #pragma unroll
   for (int j = 0; j < kRows / 16; ++j) {
@@ -73,6 +73,7 @@ __device__ __forceinline__ void WriteTokens(uint32_t out, const Place& place,
   const int piece = place.thread % 8;
   if (8 * piece >= features) return;
   for (int row = place.thread / 8; row < rows; row += 16) {
+    if (row < skipped) continue;
     *reinterpret_cast<uint4*>(y + static_cast<int64_t>(row) * width + 8 * piece) =
         ReadShared(PieceAddress(out, row, piece));
   }

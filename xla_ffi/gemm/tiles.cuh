@@ -29,17 +29,19 @@ struct GroupSizes {
   int capacity;  // rows in memory: what sizes claim beyond them is cut off
 };
 
-// Numbers tiles by group, then major slice, then (kRowTiles) row tile or minor slice. With
-// kRowTiles a group's rows are cut into as few tiles as kMaxColumns allows, as even as multiples
-// of 16 are: neighbouring tiles share the weights, and none is padded by more than 15 rows.
-// Otherwise a tile has all rows of its group, and empty groups have tiles too.
-template <bool kRowTiles>
+// Numbers tiles by group, then major slice, then row tile or minor slice. A group's rows are cut
+// into as few tiles as kTallest allows, as even as multiples of kMultiple are: neighbouring tiles
+// share the weights, and none is padded by kMultiple rows. kTallest 0: a tile has all rows of its
+// group and a minor slice, and empty groups have tiles too.
+template <int kTallest, int kMultiple>
 class Tiles {
  public:
   __device__ Tiles(const GroupSizes& groups, int num_major, int num_minor)
       : groups_(groups), num_major_(num_major), num_minor_(num_minor) {
     LoadGroups();
   }
+
+  static constexpr bool kRowTiles = kTallest > 0;
 
   // Moves on to tile number t, all lanes alike; false if there are fewer. t may only grow.
   __device__ bool Find(int t, Tile* tile) {
@@ -54,11 +56,11 @@ class Tiles {
     const int row = __shfl_sync(kAllLanes, row_, lane);
     const int size = __shfl_sync(kAllLanes, size_, lane);
     tile->group = first_ + lane;
-    const int inner = kRowTiles ? CeilDiv(size, kMaxColumns) : num_minor_;
+    const int inner = kRowTiles ? CeilDiv(size, kTallest) : num_minor_;
     tile->major = in_group / inner;
     const int rest = in_group % inner;
     if (kRowTiles) {
-      const int height = CeilDiv(CeilDiv(size, inner), 16) * 16;
+      const int height = CeilDiv(CeilDiv(size, inner), kMultiple) * kMultiple;
       tile->row = row + rest * height;
       tile->rows = min(height, size - rest * height);
       tile->minor = 0;
@@ -83,7 +85,7 @@ class Tiles {
     row_ = LaneId() == 0 ? rows_end_ : before;
     size_ = row_end - row_;
     rows_end_ = __shfl_sync(kAllLanes, row_end, 31);
-    int tiles = num_major_ * (kRowTiles ? CeilDiv(size_, kMaxColumns) : num_minor_);
+    int tiles = num_major_ * (kRowTiles ? CeilDiv(size_, kTallest) : num_minor_);
     if (group >= groups_.num_groups) tiles = 0;
     const int tile_end = tiles_end_ + Scan(tiles);
     tile_ = tile_end - tiles;

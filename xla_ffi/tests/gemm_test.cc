@@ -3,6 +3,7 @@
 // clang-format off: the emulated instructions take the place of the real ones.
 #include "xla_ffi/tests/emulated/instructions.h"
 #include "xla_ffi/gemm/products.cu"
+#include "xla_ffi/gemm/fp8.cu"
 #include "xla_ffi/gemm/tensor_map.cc"
 #include "xla_ffi/tests/check.h"
 // clang-format on
@@ -187,6 +188,83 @@ TEST(WidthsThatTheCopyEngineCannotAddressAreRefused) {
   const int32_t size = 4;
   CHECK(LaunchForward(nullptr, kNumSms, {4, 12, 8, 1}, x.data(), w.data(), &size, y.data()) !=
         cudaSuccess);
+}
+
+// FP8 operands of values and scales that make every sum exact, as are the same sums in double.
+class Fp8Arrays {
+ public:
+  Fp8Arrays(const Shape& s, std::mt19937* random)
+      : shape(s),
+        blocks((s.dim + kScaleBlock - 1) / kScaleBlock),
+        feature_blocks((s.features + kScaleBlock - 1) / kScaleBlock),
+        columns((s.num_rows + 3) / 4 * 4),
+        x(Codes(s.num_rows * s.dim, random)),
+        w(Codes(s.num_groups * s.features * s.dim, random)),
+        x_scales(Scales(blocks * columns, random)),
+        w_scales(Scales(s.num_groups * feature_blocks * blocks, random)) {}
+
+  // Of row `row` with feature `feature` of group `group`.
+  double Sum(int64_t group, int64_t row, int64_t feature) const {
+    double sum = 0;
+    for (int64_t d = 0; d < shape.dim; ++d) {
+      const int64_t block = d / kScaleBlock;
+      const int64_t of_w = (group * feature_blocks + feature / kScaleBlock) * blocks + block;
+      sum += double{FromFp8(x[row * shape.dim + d])} * x_scales[block * columns + row] *
+             FromFp8(w[(group * shape.features + feature) * shape.dim + d]) * w_scales[of_w];
+    }
+    return sum;
+  }
+
+  const Shape shape;
+  const int64_t blocks, feature_blocks, columns;
+  std::vector<uint8_t> x, w;
+  std::vector<float> x_scales, w_scales;
+
+ private:
+  // -2, -1, 0, 1 or 2.
+  static std::vector<uint8_t> Codes(int64_t size, std::mt19937* random) {
+    static const uint8_t kCodes[] = {0xc0, 0xb8, 0, 0x38, 0x40};
+    std::vector<uint8_t> codes(size);
+    for (uint8_t& code : codes) code = kCodes[(*random)() % 5];
+    return codes;
+  }
+  static std::vector<float> Scales(int64_t size, std::mt19937* random) {
+    std::vector<float> scales(size);
+    for (float& scale : scales) scale = std::ldexp(1.0f, static_cast<int>((*random)() % 4) - 2);
+    return scales;
+  }
+};
+
+void CheckFp8(const Problem& p) {
+  std::mt19937 random(2);
+  Fp8Arrays on(p.shape, &random);
+  const Shape& s = p.shape;
+  constexpr uint8_t kFp8Nan = 0x7f;  // in rows that belong to no group
+  std::fill(on.x.begin() + p.NumUsedRows() * s.dim, on.x.end(), kFp8Nan);
+  Array y(s.num_rows * s.features);
+  CHECK(LaunchFp8Forward(nullptr, kNumSms, s, on.x.data(), on.x_scales.data(), on.w.data(),
+                         on.w_scales.data(), p.sizes.data(), y.data()) == cudaSuccess);
+  Worst worst;
+  int64_t row = 0;
+  for (int64_t group = 0; group < s.num_groups; ++group) {
+    for (const int64_t end = row + p.sizes[group]; row < end; ++row) {
+      for (int64_t f = 0; f < s.features; ++f) {
+        worst.Add(y[row * s.features + f], on.Sum(group, row, f));
+      }
+    }
+  }
+  for (int64_t i = row * s.features; i < s.num_rows * s.features; ++i) CHECK(y[i] == 0);
+  CHECK(worst.value() < kRounding);
+}
+
+TEST(Fp8OneRow) { CheckFp8({{1, 16, 8, 1}, {1}}); }
+TEST(Fp8UnevenGroups) { CheckFp8({{60, 144, 200, 4}, {0, 1, 40, 13}}); }
+TEST(Fp8MoreStepsThanStages) { CheckFp8({{20, 656, 72, 2}, {9, 7}}); }
+TEST(Fp8EveryWidth) {
+  Problem p = {{0, 16, 8, kMaxColumns / 8 + 1}, {}};
+  for (int columns = 8; columns <= kMaxColumns + 8; columns += 8) p.sizes.push_back(columns - 3);
+  p.shape.num_rows = p.NumUsedRows();
+  CheckFp8(p);
 }
 
 }  // namespace

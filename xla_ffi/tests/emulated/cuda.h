@@ -106,7 +106,10 @@ inline uint32_t __ballot_sync(uint32_t, bool vote) {
   });
 }
 inline int __clz(uint32_t value) { return value == 0 ? 32 : __builtin_clz(value); }
-inline int __ldg(const int* p) { return *p; }
+template <typename T>
+T __ldg(const T* p) {
+  return *p;
+}
 
 // Host interface.
 
@@ -155,9 +158,14 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 using cuuint32_t = uint32_t;
 using cuuint64_t = uint64_t;
 enum CUresult { CUDA_SUCCESS, CUDA_ERROR_INVALID_VALUE };
-enum { CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 };
+// With their sizes in bytes for values.
+enum CUtensorMapDataType {
+  CU_TENSOR_MAP_DATA_TYPE_UINT8 = 1,
+  CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 2,
+  CU_TENSOR_MAP_DATA_TYPE_FLOAT32 = 4
+};
 enum { CU_TENSOR_MAP_INTERLEAVE_NONE };
-enum { CU_TENSOR_MAP_SWIZZLE_128B };
+enum CUtensorMapSwizzle { CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_128B };
 enum { CU_TENSOR_MAP_L2_PROMOTION_L2_256B };
 enum { CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE };
 
@@ -166,15 +174,24 @@ struct CUtensorMap {
   cuuint32_t rank;
   cuuint64_t dims[3], strides[2];  // in bytes, of all dimensions but the first
   cuuint32_t box[3];
+  cuuint32_t bytes;  // of an element
+  bool swizzled;
 };
 
 // With the limits of the real one.
-inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, int, cuuint32_t rank, void* data,
-                                       const cuuint64_t* dims, const cuuint64_t* strides,
-                                       const cuuint32_t* box, const cuuint32_t*, int, int, int,
+inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank,
+                                       void* data, const cuuint64_t* dims,
+                                       const cuuint64_t* strides, const cuuint32_t* box,
+                                       const cuuint32_t*, int, CUtensorMapSwizzle swizzle, int,
                                        int) {
   bool fits = rank >= 1 && rank <= 3 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
-  *map = {static_cast<char*>(data), rank, {1, 1, 1}, {0, 0}, {1, 1, 1}};
+  *map = {static_cast<char*>(data),
+          rank,
+          {1, 1, 1},
+          {0, 0},
+          {1, 1, 1},
+          static_cast<cuuint32_t>(type),
+          swizzle == CU_TENSOR_MAP_SWIZZLE_128B};
   for (cuuint32_t i = 0; i < rank; ++i) {
     map->dims[i] = dims[i];
     map->box[i] = box[i];
@@ -183,7 +200,8 @@ inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, int, cuuint32_t rank, v
     map->strides[i] = strides[i];
     fits &= strides[i] % 16 == 0 && strides[i] < cuuint64_t{1} << 40;
   }
-  return fits && box[0] * 2 == 128 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+  fits &= !map->swizzled || box[0] * map->bytes == 128;
+  return fits ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
 #define CUDART_VERSION 13000

@@ -6,6 +6,7 @@
 
 #define JAXMOE_XLA_FFI_GEMM_PTX_CUH_
 #define JAXMOE_XLA_FFI_GEMM_WGMMA_CUH_
+#define JAXMOE_XLA_FFI_GEMM_WGMMA_FP8_CUH_
 
 #include "xla_ffi/gemm/layout.cuh"
 #include "xla_ffi/tests/emulated/cuda.h"
@@ -48,10 +49,13 @@ inline Block* BlockOf(uint32_t mapped) {
 inline uint32_t Swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
 // An element for the copy engine or the tensor cores.
-inline uint16_t* AsyncElement(Block* block, uint32_t address) {
+inline char* AsyncBytes(Block* block, uint32_t address, uint32_t bytes) {
   const uint32_t at = Swizzled(Unmapped(address));
   if (block->unfenced[at / 16] != 0) ThisGpu().Stop("shared memory: written without FenceAsync");
-  return reinterpret_cast<uint16_t*>(Bytes(block, at, 2));
+  return Bytes(block, at, bytes);
+}
+inline uint16_t* AsyncElement(Block* block, uint32_t address) {
+  return reinterpret_cast<uint16_t*>(AsyncBytes(block, address, 2));
 }
 
 inline uint32_t RankInCluster() { return ThisBlock()->rank; }
@@ -104,11 +108,14 @@ inline void FenceAsync() {
 inline char* ElementOf(const CUtensorMap& map, int64_t x, int64_t y, int64_t z) {
   const auto inside = [](int64_t i, uint64_t size) { return i >= 0 && i < int64_t(size); };
   if (!inside(x, map.dims[0]) || !inside(y, map.dims[1]) || !inside(z, map.dims[2])) return nullptr;
-  return map.data + 2 * x + y * int64_t(map.strides[0]) + z * int64_t(map.strides[1]);
+  return map.data + map.bytes * x + y * int64_t(map.strides[0]) + z * int64_t(map.strides[1]);
 }
-inline void CheckBox(const CUtensorMap& map, cuuint32_t rank, uint32_t address) {
+inline void CheckBox(const CUtensorMap& map, cuuint32_t rank, int x, uint32_t address) {
   if (map.rank != rank) ThisGpu().Stop("copy with coordinates of another rank");
-  if (address % kPatternBytes != 0) ThisGpu().Stop("copy that is not aligned with the swizzle");
+  // Not documented: an H200 calls such a load an illegal instruction.
+  if (x * map.bytes % 16 != 0) ThisGpu().Stop("copy from an address that is not aligned");
+  const uint32_t aligned = map.swizzled ? kPatternBytes : 128;
+  if (address % aligned != 0) ThisGpu().Stop("copy that is not aligned");
 }
 inline void LoadTo(Block* block, uint32_t to, const CUtensorMap& map, int x, int y, int z,
                    uint32_t barrier) {
@@ -117,26 +124,28 @@ inline void LoadTo(Block* block, uint32_t to, const CUtensorMap& map, int x, int
     for (uint32_t row = 0; row < map.box[1]; ++row) {
       for (uint32_t column = 0; column < map.box[0]; ++column) {
         const char* from = ElementOf(map, int64_t{x} + column, int64_t{y} + row, z);
-        uint16_t* element = AsyncElement(block, to + row * kRowBytes + 2 * column);
-        *element = 0;
-        if (from != nullptr) std::memcpy(element, from, 2);
+        const uint32_t at = to + (row * map.box[0] + column) * map.bytes;
+        char* element =
+            map.swizzled ? AsyncBytes(block, at, map.bytes) : Bytes(block, at, map.bytes);
+        std::memset(element, 0, map.bytes);
+        if (from != nullptr) std::memcpy(element, from, map.bytes);
       }
     }
-    b->bytes -= int64_t{map.box[0]} * map.box[1] * 2;
+    b->bytes -= int64_t{map.box[0]} * map.box[1] * map.bytes;
     b->EndIfComplete();
   });
 }
 inline void Load(uint32_t to, const CUtensorMap& map, int x, int y, uint32_t barrier) {
-  CheckBox(map, 2, to);
+  CheckBox(map, 2, x, to);
   LoadTo(ThisBlock(), to, map, x, y, 0, barrier);
 }
 inline void Load(uint32_t to, const CUtensorMap& map, int x, int y, int z, uint32_t barrier) {
-  CheckBox(map, 3, to);
+  CheckBox(map, 3, x, to);
   LoadTo(ThisBlock(), to, map, x, y, z, barrier);
 }
 inline void LoadInBlocks(uint32_t to, const CUtensorMap& map, int x, int y, uint32_t barrier,
                          uint16_t mask) {
-  CheckBox(map, 2, to);
+  CheckBox(map, 2, x, to);
   for (int rank = 0; rank < ThisGpu().cluster_size(); ++rank) {
     if ((mask >> rank & 1) == 0) continue;
     LoadTo(ThisGpu().BlockOf(ThisBlock()->cluster, rank), to, map, x, y, 0, barrier);
@@ -144,7 +153,7 @@ inline void LoadInBlocks(uint32_t to, const CUtensorMap& map, int x, int y, uint
 }
 
 inline void Store(const CUtensorMap& map, int x, int y, int z, uint32_t from) {
-  CheckBox(map, 3, from);
+  CheckBox(map, 3, x, from);
   Block* block = ThisBlock();
   auto store = std::make_shared<std::function<void()>>([=] {
     for (uint32_t row = 0; row < map.box[1]; ++row) {
@@ -192,6 +201,12 @@ inline void WriteShared(uint32_t address, uint4 value) {
   std::memcpy(Bytes(ThisBlock(), address, 16), &value, 16);
   ThisBlock()->unfenced[Unmapped(address) / 16] = static_cast<int>(ThisGpu().Self().thread) + 1;
 }
+inline float2 ReadSharedPair(uint32_t address) {
+  float2 value;
+  std::memcpy(&value, Bytes(ThisBlock(), address, 8), 8);
+  return value;
+}
+
 // Lane l holds columns 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of each matrix.
 template <bool kTransposed>
 void StoreMatrices(uint32_t to, const uint32_t* m) {
@@ -262,6 +277,52 @@ struct Product {
         for (int k = 0; k < kInstructionDepth; ++k) {
           sum += Factor(block, WholeDescriptor(a), kTransposedA, row, k) *
                  Factor(block, WholeDescriptor(b), kTransposedB, column, k);
+        }
+        results[i] = sum;
+      }
+    };
+    if (ThisGpu().lazy()) {
+      ThisGpu().Self().products.push_back(run);
+    } else {
+      run();
+    }
+  }
+};
+
+// wgmma_fp8.cuh
+
+constexpr int kThirdColumns = 88;
+constexpr int kThirdAccumulators = kThirdColumns / 2;
+
+// e4m3: 1 sign, 4 exponent (bias 7) and 3 mantissa bits.
+inline float FromFp8(uint8_t code) {
+  const int exponent = code >> 3 & 15, mantissa = code & 7;
+  if ((code & 0x7f) == 0x7f) return NAN;
+  const float value = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9)
+                                    : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
+  return (code & 0x80) != 0 ? -value : value;
+}
+inline float Fp8Factor(Block* block, uint64_t descriptor, int i, int k) {
+  const uint32_t start = static_cast<uint32_t>(descriptor & 0x3fff) * 16;
+  const uint32_t stride = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) * 16;
+  const uint32_t address = start + i / 8 * stride + i % 8 * kRowBytes + k;
+  return FromFp8(static_cast<uint8_t>(*AsyncBytes(block, address, 1)));
+}
+
+template <int kN>
+struct Fp8Product {
+  static void Do(float (&d)[kN / 2], uint32_t a, uint32_t b, int add) {
+    Block* block = ThisBlock();
+    const int thread = threadIdx.x % 128, lane = thread % emulated::kWarpLanes;
+    float* results = d;
+    const auto run = [=] {
+      for (int i = 0; i < kN / 2; ++i) {
+        const int row = thread / emulated::kWarpLanes * 16 + lane / 4 + i / 2 % 2 * 8;
+        const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        float sum = add ? results[i] : 0;
+        for (int k = 0; k < 32; ++k) {
+          sum += Fp8Factor(block, WholeDescriptor(a), row, k) *
+                 Fp8Factor(block, WholeDescriptor(b), column, k);
         }
         results[i] = sum;
       }
