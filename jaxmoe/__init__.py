@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 _HOME = {
+    "BlockQuantizedExperts": "jaxmoe.block_quantized",
     "ExchangeError": "jaxmoe.transport.failures",
     "ExpertParallel": "jaxmoe.group",
     "MoE": "jaxmoe.nnx",
@@ -26,6 +27,7 @@ _HOME = {
     "dispatch_done": "jaxmoe.split",
     "dispatch_start": "jaxmoe.split",
     "grouped_matmul": "jaxmoe.products",
+    "quantize_blocks": "jaxmoe.block_quantized",
     "route": "jaxmoe.routing",
     "update_bias": "jaxmoe.routing",
 }
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from jaxmoe import estimate as estimate
     from jaxmoe import losses as losses
     from jaxmoe import residuals as residuals
+    from jaxmoe.block_quantized import BlockQuantizedExperts as BlockQuantizedExperts
+    from jaxmoe.block_quantized import quantize_blocks as quantize_blocks
     from jaxmoe.group import ExpertParallel as ExpertParallel
     from jaxmoe.layer import MoEStats as MoEStats
     from jaxmoe.nnx import MoE as MoE

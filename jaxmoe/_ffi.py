@@ -48,6 +48,7 @@ PRODUCT_TARGETS = (
     "jaxmoe_grouped_weight_grad",
     "jaxmoe_grouped_swiglu",
     "jaxmoe_grouped_swiglu_saving",
+    "jaxmoe_grouped_fp8",
 )
 I32, F32 = jnp.int32, jnp.float32
 
@@ -258,11 +259,25 @@ def grouped_swiglu(
     return _product(target, (x, gate, up, group_sizes), *[shape] * (3 if save else 1))
 
 
+def grouped_fp8(
+    x: wire.QuantizedRows,
+    values: Float[Array, "L F D"],
+    scales: Float32[Array, "L P B"],
+    group_sizes: Int32[Array, " L"],
+) -> Float[Array, "C F"]:
+    """FP8 rows times the FP8 matrix of their group in bfloat16; zeros past the last group."""
+    capacity = x.shape[0]
+    x_scales = jnp.pad(x.scales.T, [(0, 0), (0, -capacity % 4)])
+    operands = (x.values, x_scales, values, scales, group_sizes)
+    shape = (capacity, values.shape[1])
+    return _product("jaxmoe_grouped_fp8", operands, shape, dtype=jnp.bfloat16)[0]
+
+
 def _product(
-    target: str, operands: tuple[jax.Array, ...], *shapes: tuple[int, ...]
+    target: str, operands: tuple[jax.Array, ...], *shapes: tuple[int, ...], dtype: Any = None
 ) -> list[jax.Array]:
     like = jax.typeof(operands[0])
-    outputs = [like.update(shape=shape) for shape in shapes]
+    outputs = [like.update(shape=shape, dtype=dtype or like.dtype) for shape in shapes]
     call = jax.ffi.ffi_call(target, outputs, vmap_method="sequential")
     return list(call(*operands))
 

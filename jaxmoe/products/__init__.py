@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from jaxmoe._vma import vary_alike, zeros_alike
-from jaxmoe.products import blocked, cuda, masked, ragged, tokamax
+from jaxmoe.block_quantized import BlockQuantizedExperts
+from jaxmoe.products import blocked, cuda, fp8, masked, ragged, tokamax
+from jaxmoe.wire import QuantizedRows
 
 BACKENDS = ("auto", "cuda", "tokamax", "blocked", "ragged_dot")
 _log = logging.getLogger("jaxmoe")
@@ -25,8 +27,8 @@ class Choice(NamedTuple):
 
 
 def grouped_matmul(
-    x: Float[Array, "C D"] | Float[Array, "L S D"],
-    w: Float[Array, "L D F"],
+    x: Float[Array, "C D"] | Float[Array, "L S D"] | QuantizedRows,
+    w: Float[Array, "L D F"] | BlockQuantizedExperts,
     group_sizes: Int32[Array, " L"],
     *,
     backend: str = "auto",
@@ -41,24 +43,34 @@ def grouped_matmul(
     are in float32 on the GPU. Differentiable in x and w; the gradient of the matrix of an empty
     group is zero.
 
+    With w in FP8 (`jaxmoe.quantize_blocks`) the product is that of FP8 tensor cores, with the sums
+    of 128 products times their scales added up in float32; x is `QuantizedRows` as `dispatch` hands
+    them over with `rows_dtype`, or floats, which are quantised alike. Gradients are those of the
+    product in floats: of float rows by the master weights, or else the dequantised ones, and of the
+    master weights (`keep_master=True`) by the rows, dequantised if they are FP8.
+
     Args:
       x: [C, D] rows in the order of the groups; or [L, S, D].
-      w: [L, D, F] one matrix for each group, in the dtype of x.
+      w: [L, D, F] one matrix for each group, in the dtype of x, or `BlockQuantizedExperts`.
       group_sizes: [L] rows of each group, on the device; they sum to at most C. In the masked
         layout at most S each: more count as S.
       backend: "cuda" (Hopper GPUs, bfloat16), "tokamax" (that library's kernels, if installed),
         "blocked" (a loop over blocks of rows), "ragged_dot" (`jax.lax.ragged_dot`), or "auto"; see
         `choose_backend`. In the masked layout "cuda", "blocked", "batched" (one product of all
-        slots, which reads each matrix once) or "auto"; see `choose_masked_backend`.
+        slots, which reads each matrix once) or "auto"; see `choose_masked_backend`. With FP8
+        weights "cuda", "blocked" or "auto", and rows [C, D].
       block_rows: rows per step of the "blocked" backend; about the rows of a typical group.
 
     Returns:
-      [C, F], or [L, S, F], in the dtype of x.
+      [C, F], or [L, S, F], in the dtype of x; bfloat16 for `QuantizedRows`.
 
     Raises:
       ValueError: shapes or dtypes that do not fit, or an unknown backend.
       RuntimeError: backend="cuda" or "tokamax" where it cannot run.
+      TypeError: a derivative where x is `QuantizedRows` and w has no master weights.
     """
+    if isinstance(x, QuantizedRows) or isinstance(w, BlockQuantizedExperts):
+        return fp8.matmul(x, w, group_sizes, backend, block_rows)
     _check(x, w, group_sizes)
     if x.ndim == 3:
         picked = choose_masked_backend(backend, x.dtype, (w.shape[1], w.shape[2])).backend

@@ -2,9 +2,9 @@
 // each 128 x 128. The tensor cores add up 128 products; those sums, times both scales, are added up
 // in float32 by ordinary instructions, for the tensor cores keep too few bits of an FP8 sum.
 //
-// A warpgroup's registers hold the sums of a tile and the products of a third of its columns: while
-// it scales a third, the tensor cores work for the other warpgroup. (Halves would leave too few
-// registers, and the compiler would then wait after every single product.)
+// A warpgroup computes its tile in quarters of the columns: while it scales one, the tensor cores
+// have the next. That leaves few registers; when the compiler has too few, it says so (C7511) and
+// waits after every single product.
 
 #include <cuda_runtime.h>
 
@@ -19,138 +19,151 @@ namespace jaxmoe::gemm {
 namespace {
 
 constexpr int kFp8InstructionDepth = 32;
-constexpr int kThirds = 3;
+// Where a warpgroup lays out the results of a quarter.
+constexpr int kQuarterPacked = kQuarterAccumulators / 2;
+constexpr int kQuarterOutBytes = kQuarterColumns * kRowBytes;
+static_assert(kMultipliers * kQuarterOutBytes + kStages * kScaleBytes <= kMultipliers * kOutBytes);
 
-// Where a warpgroup lays out the results of a third.
-constexpr int kThirdRows = CeilDiv(kThirdColumns, 16) * 16;
-constexpr int kThirdPacked = kThirdRows / 4;
-constexpr int kThirdOutBytes = kThirdRows * kRowBytes;
-static_assert(kMultipliers * kThirdOutBytes + kStages * kScaleBytes <= kMultipliers * kOutBytes);
+// A step of the contraction, for a warpgroup.
+struct Step {
+  uint32_t a, b;    // descriptors of its stage
+  uint32_t scales;  // of the columns, from the thread's first on
+  float of_weights;
+  int stage;
+};
 
-// sum += A B of one stage, for kN columns: with scales of the columns from the thread's first on,
-// and one of the weights.
-template <int kN>
-__device__ __forceinline__ void AddProducts(uint32_t a, uint32_t b, uint32_t scales,
-                                            float weight_scale, float (&sum)[kThirdAccumulators]) {
+// d = A B for quarter kAt, on its way.
+template <int kN, int kAt>
+__device__ __forceinline__ void Begin(const Step& step, float (&d)[kN / 2]) {
   constexpr uint32_t kNext = DescriptorStep(kFp8InstructionDepth);
-  float d[kN / 2];
   BeginProducts();
 #pragma unroll
   for (int i = 0; i < kRowBytes / kFp8InstructionDepth; ++i) {
-    Fp8Product<kN>::Do(d, a + i * kNext, b + i * kNext, i > 0);
+    Fp8Product<kN>::Do(d, step.a + i * kNext,
+                       step.b + kAt * DescriptorStep(kN * kRowBytes) + i * kNext, i > 0);
   }
   EndProducts();
-  WaitProducts<0>();
+}
+
+// sum += d with the scales of quarter kAt, once all but the latest kPending quarters are there.
+template <int kN, int kAt, int kPending>
+__device__ __forceinline__ void Add(const Step& step, float (&d)[kN / 2], float (&sum)[kN / 2]) {
+  WaitProducts<kPending>();
   TakeResults(d);
 #pragma unroll
   for (int j = 0; j < kN / 8; ++j) {
-    const float2 column = ReadSharedPair(scales + 32 * j);
-    const float x = column.x * weight_scale, y = column.y * weight_scale;
+    const float2 column = ReadSharedPair(step.scales + kAt * kN * 4 + 32 * j);
+    const float x = column.x * step.of_weights, y = column.y * step.of_weights;
     sum[4 * j] += d[4 * j] * x;
     sum[4 * j + 1] += d[4 * j + 1] * y;
     sum[4 * j + 2] += d[4 * j + 2] * x;
     sum[4 * j + 3] += d[4 * j + 3] * y;
   }
+  TakeResults(sum);
 }
 
-// The same for any width that a third may have.
-__device__ __forceinline__ void AddThird(int columns, uint32_t a, uint32_t b, uint32_t scales,
-                                         float weight_scale, float (&sum)[kThirdAccumulators]) {
-#define JAXMOE_CASE(n)                               \
-  case n:                                            \
-    AddProducts<n>(a, b, scales, weight_scale, sum); \
-    break;
-  switch (columns) {
-    JAXMOE_CASE(8)
-    JAXMOE_CASE(16)
-    JAXMOE_CASE(24)
-    JAXMOE_CASE(32)
-    JAXMOE_CASE(40)
-    JAXMOE_CASE(48)
-    JAXMOE_CASE(56)
-    JAXMOE_CASE(64)
-    JAXMOE_CASE(72)
-    JAXMOE_CASE(80)
-    JAXMOE_CASE(88)
-  }
-#undef JAXMOE_CASE
-}
+// Waits for the data of steps, one after the other.
+class Steps {
+ public:
+  __device__ Steps(const Shared& shared, const Place& place)
+      : shared_(shared),
+        a_(Descriptor(shared.A(0) + place.group * kBlockBytes)),
+        b_(Descriptor(shared.B(0))),
+        scales_(shared.Scales(0) + place.lane % 4 * 8) {}
 
-// How a tile's columns are shared out: two thirds are alike, and the last may be narrower or none.
-struct Thirds {
-  int wide, last;
-  explicit __device__ Thirds(int rows) {
-    const int eights = CeilDiv(rows, 8);
-    wide = CeilDiv(eights, kThirds) * 8;
-    last = max(eights * 8 - 2 * wide, 0);
+  __device__ __forceinline__ Step Next(const float* of_weights) {
+    const uint32_t stage = ring_.at * DescriptorStep(kStageBytes);
+    const Step step = {a_ + stage, b_ + stage, scales_ - ring_.at * kScaleBytes, __ldg(of_weights),
+                       ring_.at};
+    Wait(shared_.Full(ring_.at), ring_.parity);
+    __syncwarp();
+    ring_.Next();
+    return step;
   }
+
+ private:
+  const Shared shared_;
+  const uint32_t a_, b_, scales_;
+  Ring<kStages> ring_;
 };
 
-// Writes the columns of a third: `rows` tokens from `row` on, but for the first `skipped`.
-__device__ __forceinline__ void WriteThird(const Shared& shared, const Place& place,
-                                           const float (&sum)[kThirdAccumulators], int row,
-                                           int rows, int skipped, __nv_bfloat16* y, int feature,
-                                           int width) {
+// Writes the columns of a quarter: `rows` tokens from `row` on, but for the first `skipped`.
+template <int kN>
+__device__ __forceinline__ void WriteQuarter(const Shared& shared, const Place& place,
+                                             const float (&sum)[kN / 2], int row, int rows,
+                                             int skipped, __nv_bfloat16* y, int feature,
+                                             int width) {
   if (rows <= 0) return;
-  uint32_t packed[kThirdPacked];
+  uint32_t packed[kQuarterPacked];
 #pragma unroll
-  for (int i = 0; i < kThirdPacked; ++i) {
-    const bool held = i < kThirdAccumulators / 2;
-    packed[i] =
-        held ? BitsOf(__floats2bfloat162_rn(sum[held ? 2 * i : 0], sum[held ? 2 * i + 1 : 0])) : 0;
+  for (int i = 0; i < kQuarterPacked; ++i) {
+    const int at = i < kN / 4 ? 2 * i : 0;
+    packed[i] = BitsOf(__floats2bfloat162_rn(sum[at], sum[at + 1]));
   }
-  WriteTokens<kThirdRows>(shared.out + place.group * kThirdOutBytes, place, packed, rows,
-                          y + static_cast<int64_t>(row) * width + feature, width, width - feature,
-                          skipped);
+  WriteTokens<kQuarterColumns>(shared.out + place.group * kQuarterOutBytes, place, packed,
+                               min(rows, kN), y + static_cast<int64_t>(row) * width + feature,
+                               width, width - feature, skipped);
+}
+
+// A tile of up to 4 kN columns.
+template <int kN>
+__device__ __forceinline__ void MultiplyScaledTile(const Params& p, const Shared& shared,
+                                                   const Place& place, const Tile& tile,
+                                                   Steps* steps) {
+  const int feature = FeatureOf<Op::kScaled>(tile);
+  const int num_steps = CeilDiv(p.depth, kStepDepth<Op::kScaled>);
+  const float* of_weights =
+      p.weight_scales + (static_cast<int64_t>(tile.group) * CeilDiv(p.features, kScaleBlock) +
+                         feature / kScaleBlock) *
+                            num_steps;
+  float sum0[kN / 2], sum1[kN / 2], sum2[kN / 2], sum3[kN / 2], d0[kN / 2], d1[kN / 2];
+#pragma unroll
+  for (int i = 0; i < kN / 2; ++i) sum0[i] = sum1[i] = sum2[i] = sum3[i] = 0;
+#pragma unroll 1
+  for (int i = 0; i < num_steps; ++i) {
+    const Step step = steps->Next(of_weights + i);
+    Begin<kN, 0>(step, d0);
+    Begin<kN, 1>(step, d1);
+    Add<kN, 0, 1>(step, d0, sum0);
+    Begin<kN, 2>(step, d0);
+    Add<kN, 1, 1>(step, d1, sum1);
+    Begin<kN, 3>(step, d1);
+    Add<kN, 2, 1>(step, d0, sum2);
+    Add<kN, 3, 0>(step, d1, sum3);
+    Release(shared, step.stage);
+  }
+
+  const int skipped = SkippedOf<Op::kScaled>(tile.row), row = tile.row - skipped;
+  const int rows = tile.rows + skipped, own = feature + place.group * 64;
+  WriteQuarter<kN>(shared, place, sum0, row, rows, skipped, p.y, own, p.features);
+  WriteQuarter<kN>(shared, place, sum1, row + kN, rows - kN, 0, p.y, own, p.features);
+  WriteQuarter<kN>(shared, place, sum2, row + 2 * kN, rows - 2 * kN, 0, p.y, own, p.features);
+  WriteQuarter<kN>(shared, place, sum3, row + 3 * kN, rows - 3 * kN, 0, p.y, own, p.features);
 }
 
 __device__ __forceinline__ void MultiplyScaledTiles(const Params& p, const Shared& shared) {
   ToldTiles tiles(shared);
   const Place place;
-  const int steps = CeilDiv(p.depth, kStepDepth<Op::kScaled>);
-  const uint32_t a = Descriptor(shared.A(0) + place.group * kBlockBytes);
-  const uint32_t b = Descriptor(shared.B(0));
-  const uint32_t scales = shared.Scales(0) + place.lane % 4 * 8;
-  Ring<kStages> ring;
+  Steps steps(shared, place);
   Tile tile;
   while (tiles.Next(&tile)) {
-    const int feature = FeatureOf<Op::kScaled>(tile);
-    // All lanes have the same; this lets the compiler know, which else would not let products run
-    // on after one of another width.
-    const int skipped = SkippedOf<Op::kScaled>(tile.row), columns = skipped + tile.rows;
-    const Thirds thirds(__shfl_sync(kAllLanes, columns, 0));
-    const float* weight_scale =
-        p.weight_scales + (static_cast<int64_t>(tile.group) * CeilDiv(p.features, kScaleBlock) +
-                           feature / kScaleBlock) *
-                              steps;
-    float sums[kThirds][kThirdAccumulators];
-#pragma unroll
-    for (int i = 0; i < kThirds * kThirdAccumulators; ++i) {
-      sums[i / kThirdAccumulators][i % kThirdAccumulators] = 0;
+    const int columns = SkippedOf<Op::kScaled>(tile.row) + tile.rows;
+#define JAXMOE_CASE(n)                                     \
+  case n:                                                  \
+    MultiplyScaledTile<n>(p, shared, place, tile, &steps); \
+    break;
+    // All lanes have the same; this lets the compiler know.
+    switch (__shfl_sync(kAllLanes, CeilDiv(columns, 32) * 8, 0)) {
+      JAXMOE_CASE(8)
+      JAXMOE_CASE(16)
+      JAXMOE_CASE(24)
+      JAXMOE_CASE(32)
+      JAXMOE_CASE(40)
+      JAXMOE_CASE(48)
+      JAXMOE_CASE(56)
+      JAXMOE_CASE(64)
     }
-#pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
-      const float of_weights = __ldg(weight_scale + step);
-      Wait(shared.Full(ring.at), ring.parity);
-      __syncwarp();
-      const uint32_t stage = ring.at * DescriptorStep(kStageBytes);
-#pragma unroll
-      for (int i = 0; i < kThirds; ++i) {
-        const int before = i * thirds.wide;
-        AddThird(i < 2 ? thirds.wide : thirds.last, a + stage,
-                 b + stage + before * DescriptorStep(kRowBytes),
-                 scales - ring.at * kScaleBytes + before * sizeof(float), of_weights, sums[i]);
-      }
-      Release(shared, ring.at);
-      ring.Next();
-    }
-#pragma unroll
-    for (int i = 0; i < kThirds; ++i) {
-      const int before = i * thirds.wide;
-      WriteThird(shared, place, sums[i], tile.row - skipped + before,
-                 min(columns - before, thirds.wide), i == 0 ? skipped : 0, p.y,
-                 feature + place.group * 64, p.features);
-    }
+#undef JAXMOE_CASE
   }
   WriteUnusedRows(p, tile.row);
 }

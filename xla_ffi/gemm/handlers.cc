@@ -14,6 +14,9 @@ namespace {
 using Matrix = ffi::Buffer<ffi::BF16, 2>;
 using Weights = ffi::Buffer<ffi::BF16, 3>;
 using Ints = ffi::Buffer<ffi::S32, 1>;
+using Fp8 = ffi::AnyBuffer;  // XLA's header has no native type for F8E4M3FN
+using RowScales = ffi::Buffer<ffi::F32, 2>;
+using WeightScales = ffi::Buffer<ffi::F32, 3>;
 using MatrixOut = ffi::ResultBuffer<ffi::BF16, 2>;
 using WeightsOut = ffi::ResultBuffer<ffi::BF16, 3>;
 
@@ -101,6 +104,40 @@ ffi::Error Swiglu(cudaStream_t stream, int32_t device, Matrix x, Weights gate, W
                              nullptr));
 }
 
+bool Fit(const Shape& s, const RowScales& x_scales, const WeightScales& w_scales) {
+  const auto blocks = [](int64_t width) { return (width + 127) / 128; };
+  const auto x = x_scales.dimensions();
+  const auto w = w_scales.dimensions();
+  return x[0] == blocks(s.dim) && x[1] == (s.num_rows + 3) / 4 * 4 && w[0] == s.num_groups &&
+         w[1] == blocks(s.features) && w[2] == blocks(s.dim);
+}
+
+ffi::Error Fp8Forward(cudaStream_t stream, int32_t device, Fp8 x, RowScales x_scales, Fp8 w,
+                      WeightScales w_scales, Ints group_sizes, MatrixOut y) {
+  const auto of_w = w.dimensions();
+  if (x.element_type() != ffi::F8E4M3FN || w.element_type() != ffi::F8E4M3FN ||
+      x.dimensions().size() != 2 || of_w.size() != 3) {
+    return ffi::Error::InvalidArgument(
+        "jaxmoe: grouped FP8 product: rows [C, D] and weights [L, F, D] must be float8_e4m3fn");
+  }
+  const Shape shape = {x.dimensions()[0], of_w[2], of_w[1], of_w[0]};
+  if (x.dimensions()[1] != shape.dim || y->dimensions()[1] != shape.features ||
+      group_sizes.dimensions()[0] != shape.num_groups || !Fit(shape, x_scales, w_scales)) {
+    return ffi::Error::InvalidArgument("jaxmoe: grouped FP8 product: sizes disagree");
+  }
+  if (shape.dim % 16 != 0 || shape.features % 8 != 0) {
+    return ffi::Error::InvalidArgument(
+        "jaxmoe: grouped FP8 product: rows must have a multiple of 16 numbers and results of 8, "
+        "got " +
+        std::to_string(shape.dim) + " and " + std::to_string(shape.features));
+  }
+  const auto num_sms = NumSms(device);
+  if (num_sms.has_error()) return num_sms.error();
+  return Status(LaunchFp8Forward(stream, *num_sms, shape, x.untyped_data(), x_scales.typed_data(),
+                                 w.untyped_data(), w_scales.typed_data(), group_sizes.typed_data(),
+                                 y->typed_data()));
+}
+
 // What every call begins with.
 auto BindCall() {
   return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().Ctx<ffi::DeviceOrdinal>();
@@ -155,6 +192,15 @@ JAXMOE_HANDLER(jaxmoe_grouped_swiglu_saving, SwigluSaving,
                    .Ret<jaxmoe::gemm::Matrix>()    // x gate [C, F]
                    .Ret<jaxmoe::gemm::Matrix>());  // x up [C, F]
 
+JAXMOE_HANDLER(jaxmoe_grouped_fp8, Fp8Forward,
+               jaxmoe::gemm::BindCall()
+                   .Arg<jaxmoe::gemm::Fp8>()           // x [C, D]
+                   .Arg<jaxmoe::gemm::RowScales>()     // [ceil(D / 128), C rounded up to 4]
+                   .Arg<jaxmoe::gemm::Fp8>()           // w [L, F, D]
+                   .Arg<jaxmoe::gemm::WeightScales>()  // [L, ceil(F / 128), ceil(D / 128)]
+                   .Arg<jaxmoe::gemm::Ints>()          // group_sizes [L]
+                   .Ret<jaxmoe::gemm::Matrix>());      // y [C, F]
+
 // Loads the kernels on a device: left to the first launch, that could happen while a kernel of a
 // group waits for a peer whose host thread waits for this one. Returns CUDA's error code.
 JAXMOE_EXPORT int jaxmoe_grouped_preload(int device) {
@@ -162,6 +208,7 @@ JAXMOE_EXPORT int jaxmoe_grouped_preload(int device) {
   cudaError_t error = cudaGetDevice(&before);
   if (error == cudaSuccess) error = cudaSetDevice(device);
   if (error == cudaSuccess) error = jaxmoe::gemm::Preload();
+  if (error == cudaSuccess) error = jaxmoe::gemm::PreloadFp8();
   const cudaError_t restored = cudaSetDevice(before);
   return error != cudaSuccess ? error : restored;
 }
