@@ -127,8 +127,9 @@ def _product_bwd(how: tuple[str, int], residuals: Any, d_y: Any) -> Any:
     if w.master is not None:
         rows = x.dequantize(d_y.dtype) if isinstance(x, wire.QuantizedRows) else x
         d_master = module.weight_grad(rows.astype(d_y.dtype), d_y, group_sizes)
-        nothing = jax.tree.map(zeros_alike, (w.values, w.scales))
-        d_w = BlockQuantizedExperts(*nothing, d_master.astype(w.master.dtype))
+        d_w = BlockQuantizedExperts(
+            zeros_alike(w.values), zeros_alike(w.scales), d_master.astype(w.master.dtype)
+        )
     return d_x, d_w, None
 
 
