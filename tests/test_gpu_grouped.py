@@ -10,6 +10,7 @@ import functools
 import os
 from typing import Any
 
+import fp8_products
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -200,3 +201,54 @@ def test_auto_picks_the_kernels():
     x, w, sizes, _ = draw("even")
     text = jax.jit(jaxmoe.grouped_matmul).lower(x, w, sizes).as_text()
     assert "jaxmoe_grouped_matmul" in text
+
+
+# rows, D, F and the sizes of the groups, for FP8 operands.
+FP8_CASES = {
+    "even": (512, 256, 512, (256, 256)),
+    "uneven": (301, 144, 136, (0, 1, 200, 0, 17)),
+    "huge": (1100, 1040, 200, (3, 1061, 0)),
+    "empty": (40, 64, 64, (0, 0)),
+    "one_row": (1, 16, 8, (1,)),
+    "every_width": (2211, 128, 128, tuple(range(1, 273, 17))),
+}
+# What the tensor cores lose within a sum of 128 products, relative to the magnitudes of its terms:
+# they keep at least 13 bits of the largest. All else is float32, but for the result's rounding.
+FP8_SUM_TOLERANCE = 2**-12
+
+
+@pytest.mark.parametrize("case", FP8_CASES)
+def test_fp8_values(case: str):
+    """Against the exact products of the quantised numbers."""
+    _, _, x, w, sizes = fp8_products.draw(*FP8_CASES[case])
+    product = jax.jit(functools.partial(jaxmoe.grouped_matmul, backend="cuda"))
+    y = wide(product(x, w, sizes))
+    want, terms = fp8_products.exact(x, w, sizes)
+    assert (np.abs(y - want) <= TOLERANCE * np.abs(want) + FP8_SUM_TOLERANCE * terms).all()
+    assert not y[sum(FP8_CASES[case][3]) :].any()
+    for _ in range(20):
+        np.testing.assert_array_equal(wide(product(x, w, sizes)), y)
+
+
+def test_fp8_gradients_are_those_of_the_product_in_floats():
+    x, w, _, _, sizes = fp8_products.draw(*FP8_CASES["uneven"])
+    d_y = jnp.asarray(np.random.default_rng(1).standard_normal((301, 136)), jnp.bfloat16)
+
+    @jax.jit
+    def run(x: Any, w: Any, d_y: Any) -> Any:
+        def fp8(x: Any, w: Any) -> Any:
+            blocks = jaxmoe.quantize_blocks(w, keep_master=True)
+            return jaxmoe.grouped_matmul(x, blocks, sizes, backend="cuda")
+
+        def plain(x: Any, w: Any) -> Any:
+            return jaxmoe.grouped_matmul(x, w, sizes, backend="cuda")
+
+        return jax.vjp(fp8, x, w)[1](d_y), jax.vjp(plain, x, w)[1](d_y)
+
+    for got, want in zip(*run(x, w, d_y), strict=True):
+        np.testing.assert_array_equal(wide(got), wide(want))
+
+
+def test_auto_picks_the_fp8_kernel():
+    _, _, x, w, sizes = fp8_products.draw(*FP8_CASES["even"])
+    assert "jaxmoe_grouped_fp8" in jax.jit(jaxmoe.grouped_matmul).lower(x, w, sizes).as_text()

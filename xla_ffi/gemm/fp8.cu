@@ -2,9 +2,9 @@
 // each 128 x 128. The tensor cores add up 128 products; those sums, times both scales, are added up
 // in float32 by ordinary instructions, for the tensor cores keep too few bits of an FP8 sum.
 //
-// A warpgroup computes its tile in quarters of the columns: while it scales one, the tensor cores
-// have the next. That leaves few registers; when the compiler has too few, it says so (C7511) and
-// waits after every single product.
+// A warpgroup's registers hold the sums of a tile and the products of half of its columns: while it
+// scales a half, the tensor cores work for the other warpgroup. That leaves few registers: when the
+// compiler has too few, it says so (C7511) and waits after every single product.
 
 #include <cuda_runtime.h>
 
@@ -19,151 +19,130 @@ namespace jaxmoe::gemm {
 namespace {
 
 constexpr int kFp8InstructionDepth = 32;
-// Where a warpgroup lays out the results of a quarter.
-constexpr int kQuarterPacked = kQuarterAccumulators / 2;
-constexpr int kQuarterOutBytes = kQuarterColumns * kRowBytes;
-static_assert(kMultipliers * kQuarterOutBytes + kStages * kScaleBytes <= kMultipliers * kOutBytes);
+constexpr int kHalves = 2;
 
-// A step of the contraction, for a warpgroup.
-struct Step {
-  uint32_t a, b;    // descriptors of its stage
-  uint32_t scales;  // of the columns, from the thread's first on
-  float of_weights;
-  int stage;
-};
+// Where a warpgroup lays out results, kOutTokens at a time.
+constexpr int kOutTokens = 64;
+constexpr int kHalfPacked = kHalfAccumulators / 2;
+constexpr int kHalfOutBytes = kOutTokens * kRowBytes;
+static_assert(kMultipliers * kHalfOutBytes + kStages * kScaleBytes <= kMultipliers * kOutBytes);
 
-// d = A B for quarter kAt, on its way.
-template <int kN, int kAt>
-__device__ __forceinline__ void Begin(const Step& step, float (&d)[kN / 2]) {
+// d = A B of one stage, for kN columns.
+template <int kN>
+__device__ __forceinline__ void Products(uint32_t a, uint32_t b, float (&d)[kHalfAccumulators]) {
   constexpr uint32_t kNext = DescriptorStep(kFp8InstructionDepth);
   BeginProducts();
 #pragma unroll
   for (int i = 0; i < kRowBytes / kFp8InstructionDepth; ++i) {
-    Fp8Product<kN>::Do(d, step.a + i * kNext,
-                       step.b + kAt * DescriptorStep(kN * kRowBytes) + i * kNext, i > 0);
+    Fp8Product<kN>::Do(d, a + i * kNext, b + i * kNext, i > 0);
   }
   EndProducts();
+  WaitProducts<0>();
+  TakeFirst<kN / 2>(d);
 }
 
-// sum += d with the scales of quarter kAt, once all but the latest kPending quarters are there.
-template <int kN, int kAt, int kPending>
-__device__ __forceinline__ void Add(const Step& step, float (&d)[kN / 2], float (&sum)[kN / 2]) {
-  WaitProducts<kPending>();
-  TakeResults(d);
+// sum += A B of one stage, for any number of columns: with scales of the columns from the thread's
+// first on, and one of the weights.
+__device__ __forceinline__ void AddHalf(int columns, uint32_t a, uint32_t b, uint32_t scales,
+                                        float weight_scale, float (&sum)[kHalfAccumulators]) {
+  float d[kHalfAccumulators];
+#define JAXMOE_CASE(n)    \
+  case n:                 \
+    Products<n>(a, b, d); \
+    break;
+  switch (columns) {
+    JAXMOE_CASE(8)
+    JAXMOE_CASE(16)
+    JAXMOE_CASE(24)
+    JAXMOE_CASE(32)
+    JAXMOE_CASE(40)
+    JAXMOE_CASE(48)
+    JAXMOE_CASE(56)
+    JAXMOE_CASE(64)
+    JAXMOE_CASE(72)
+    JAXMOE_CASE(80)
+    JAXMOE_CASE(88)
+    JAXMOE_CASE(96)
+    JAXMOE_CASE(104)
+    JAXMOE_CASE(112)
+    JAXMOE_CASE(120)
+    JAXMOE_CASE(128)
+    default:
+      return;
+  }
+#undef JAXMOE_CASE
 #pragma unroll
-  for (int j = 0; j < kN / 8; ++j) {
-    const float2 column = ReadSharedPair(step.scales + kAt * kN * 4 + 32 * j);
-    const float x = column.x * step.of_weights, y = column.y * step.of_weights;
+  for (int j = 0; j < kHalfAccumulators / 4; ++j) {
+    if (j > 0 && j % 2 == 0 && 8 * j >= columns) break;
+    const float2 column = ReadSharedPair(scales + 32 * j);
+    const float x = column.x * weight_scale, y = column.y * weight_scale;
     sum[4 * j] += d[4 * j] * x;
     sum[4 * j + 1] += d[4 * j + 1] * y;
     sum[4 * j + 2] += d[4 * j + 2] * x;
     sum[4 * j + 3] += d[4 * j + 3] * y;
   }
-  TakeResults(sum);
 }
 
-// Waits for the data of steps, one after the other.
-class Steps {
- public:
-  __device__ Steps(const Shared& shared, const Place& place)
-      : shared_(shared),
-        a_(Descriptor(shared.A(0) + place.group * kBlockBytes)),
-        b_(Descriptor(shared.B(0))),
-        scales_(shared.Scales(0) + place.lane % 4 * 8) {}
-
-  __device__ __forceinline__ Step Next(const float* of_weights) {
-    const uint32_t stage = ring_.at * DescriptorStep(kStageBytes);
-    const Step step = {a_ + stage, b_ + stage, scales_ - ring_.at * kScaleBytes, __ldg(of_weights),
-                       ring_.at};
-    Wait(shared_.Full(ring_.at), ring_.parity);
-    __syncwarp();
-    ring_.Next();
-    return step;
-  }
-
- private:
-  const Shared shared_;
-  const uint32_t a_, b_, scales_;
-  Ring<kStages> ring_;
-};
-
-// Writes the columns of a quarter: `rows` tokens from `row` on, but for the first `skipped`.
-template <int kN>
-__device__ __forceinline__ void WriteQuarter(const Shared& shared, const Place& place,
-                                             const float (&sum)[kN / 2], int row, int rows,
-                                             int skipped, __nv_bfloat16* y, int feature,
-                                             int width) {
-  if (rows <= 0) return;
-  uint32_t packed[kQuarterPacked];
+// Writes the columns of a half: `rows` tokens from `row` on, but for the first `skipped`.
+__device__ __forceinline__ void WriteHalf(const Shared& shared, const Place& place,
+                                          const float (&sum)[kHalfAccumulators], int row, int rows,
+                                          int skipped, __nv_bfloat16* y, int feature, int width) {
+  uint32_t packed[kHalfPacked];
 #pragma unroll
-  for (int i = 0; i < kQuarterPacked; ++i) {
-    const int at = i < kN / 4 ? 2 * i : 0;
-    packed[i] = BitsOf(__floats2bfloat162_rn(sum[at], sum[at + 1]));
+  for (int i = 0; i < kHalfPacked; ++i) {
+    packed[i] = BitsOf(__floats2bfloat162_rn(sum[2 * i], sum[2 * i + 1]));
   }
-  WriteTokens<kQuarterColumns>(shared.out + place.group * kQuarterOutBytes, place, packed,
-                               min(rows, kN), y + static_cast<int64_t>(row) * width + feature,
-                               width, width - feature, skipped);
-}
-
-// A tile of up to 4 kN columns.
-template <int kN>
-__device__ __forceinline__ void MultiplyScaledTile(const Params& p, const Shared& shared,
-                                                   const Place& place, const Tile& tile,
-                                                   Steps* steps) {
-  const int feature = FeatureOf<Op::kScaled>(tile);
-  const int num_steps = CeilDiv(p.depth, kStepDepth<Op::kScaled>);
-  const float* of_weights =
-      p.weight_scales + (static_cast<int64_t>(tile.group) * CeilDiv(p.features, kScaleBlock) +
-                         feature / kScaleBlock) *
-                            num_steps;
-  float sum0[kN / 2], sum1[kN / 2], sum2[kN / 2], sum3[kN / 2], d0[kN / 2], d1[kN / 2];
+  const uint32_t out = shared.out + place.group * kHalfOutBytes;
+  y += static_cast<int64_t>(row) * width + feature;
 #pragma unroll
-  for (int i = 0; i < kN / 2; ++i) sum0[i] = sum1[i] = sum2[i] = sum3[i] = 0;
-#pragma unroll 1
-  for (int i = 0; i < num_steps; ++i) {
-    const Step step = steps->Next(of_weights + i);
-    Begin<kN, 0>(step, d0);
-    Begin<kN, 1>(step, d1);
-    Add<kN, 0, 1>(step, d0, sum0);
-    Begin<kN, 2>(step, d0);
-    Add<kN, 1, 1>(step, d1, sum1);
-    Begin<kN, 3>(step, d1);
-    Add<kN, 2, 1>(step, d0, sum2);
-    Add<kN, 3, 0>(step, d1, sum3);
-    Release(shared, step.stage);
+  for (int i = 0; i < kHalfPacked * 4 / kOutTokens; ++i) {
+    const int before = i * kOutTokens;
+    if (before >= rows) break;
+    WriteTokens<kOutTokens>(out, place, packed + before / 4, min(rows - before, kOutTokens),
+                            y + static_cast<int64_t>(before) * width, width, width - feature,
+                            i == 0 ? skipped : 0);
   }
-
-  const int skipped = SkippedOf<Op::kScaled>(tile.row), row = tile.row - skipped;
-  const int rows = tile.rows + skipped, own = feature + place.group * 64;
-  WriteQuarter<kN>(shared, place, sum0, row, rows, skipped, p.y, own, p.features);
-  WriteQuarter<kN>(shared, place, sum1, row + kN, rows - kN, 0, p.y, own, p.features);
-  WriteQuarter<kN>(shared, place, sum2, row + 2 * kN, rows - 2 * kN, 0, p.y, own, p.features);
-  WriteQuarter<kN>(shared, place, sum3, row + 3 * kN, rows - 3 * kN, 0, p.y, own, p.features);
 }
 
 __device__ __forceinline__ void MultiplyScaledTiles(const Params& p, const Shared& shared) {
   ToldTiles tiles(shared);
   const Place place;
-  Steps steps(shared, place);
+  const int steps = CeilDiv(p.depth, kStepDepth<Op::kScaled>);
+  const uint32_t a = Descriptor(shared.A(0) + place.group * kBlockBytes);
+  const uint32_t b = Descriptor(shared.B(0));
+  const uint32_t scales = shared.Scales(0) + place.lane % 4 * 8;
+  Ring<kStages> ring;
   Tile tile;
   while (tiles.Next(&tile)) {
-    const int columns = SkippedOf<Op::kScaled>(tile.row) + tile.rows;
-#define JAXMOE_CASE(n)                                     \
-  case n:                                                  \
-    MultiplyScaledTile<n>(p, shared, place, tile, &steps); \
-    break;
-    // All lanes have the same; this lets the compiler know.
-    switch (__shfl_sync(kAllLanes, CeilDiv(columns, 32) * 8, 0)) {
-      JAXMOE_CASE(8)
-      JAXMOE_CASE(16)
-      JAXMOE_CASE(24)
-      JAXMOE_CASE(32)
-      JAXMOE_CASE(40)
-      JAXMOE_CASE(48)
-      JAXMOE_CASE(56)
-      JAXMOE_CASE(64)
+    const int feature = FeatureOf<Op::kScaled>(tile);
+    // All lanes have the same; this lets the compiler know, which else would not let products run
+    // on after one of another width.
+    const int skipped = SkippedOf<Op::kScaled>(tile.row), columns = skipped + tile.rows;
+    const int wide = __shfl_sync(kAllLanes, CeilDiv(columns, 8 * kHalves) * 8, 0);
+    const int last = __shfl_sync(kAllLanes, CeilDiv(columns, 8) * 8 - wide, 0);
+    const float* weight_scale =
+        p.weight_scales + (static_cast<int64_t>(tile.group) * CeilDiv(p.features, kScaleBlock) +
+                           feature / kScaleBlock) *
+                              steps;
+    float sum0[kHalfAccumulators], sum1[kHalfAccumulators];
+#pragma unroll
+    for (int i = 0; i < kHalfAccumulators; ++i) sum0[i] = sum1[i] = 0;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      const float of_weights = __ldg(weight_scale + step);
+      Wait(shared.Full(ring.at), ring.parity);
+      __syncwarp();
+      const uint32_t stage = ring.at * DescriptorStep(kStageBytes);
+      const uint32_t at = scales - ring.at * kScaleBytes;
+      AddHalf(wide, a + stage, b + stage, at, of_weights, sum0);
+      AddHalf(last, a + stage, b + stage + wide * DescriptorStep(kRowBytes), at + wide * 4,
+              of_weights, sum1);
+      Release(shared, ring.at);
+      ring.Next();
     }
-#undef JAXMOE_CASE
+    const int own = feature + place.group * 64, row = tile.row - skipped;
+    WriteHalf(shared, place, sum0, row, min(columns, wide), skipped, p.y, own, p.features);
+    WriteHalf(shared, place, sum1, row + wide, columns - wide, 0, p.y, own, p.features);
   }
   WriteUnusedRows(p, tile.row);
 }

@@ -20,11 +20,15 @@ __device__ __forceinline__ void WaitProducts() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Keeps the compiler from reading the results before the wait above this.
+// Keeps the compiler from reading the first kCount results before the wait above this.
+template <int kCount, int kSize>
+__device__ __forceinline__ void TakeFirst(float (&d)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
 template <int kSize>
 __device__ __forceinline__ void TakeResults(float (&d)[kSize]) {
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(d[i])::"memory");
+  TakeFirst<kSize>(d);
 }
 
 // d = a b, or d += a b if `add`. a is 64 x 16 and b 16 x kN.

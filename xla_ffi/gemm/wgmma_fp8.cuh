@@ -9,8 +9,8 @@
 namespace jaxmoe::gemm {
 
 // Widest, and the registers that hold its part of a thread.
-constexpr int kQuarterColumns = kMaxColumns / 4;
-constexpr int kQuarterAccumulators = kQuarterColumns / 2;
+constexpr int kMaxHalfColumns = kMaxColumns / 2;
+constexpr int kHalfAccumulators = kMaxHalfColumns / 2;
 
 // d = a b, or d += a b if `add`.
 template <int kN>
@@ -22,8 +22,8 @@ struct Fp8Product;
 #define JAXMOE_PRODUCT(n, names, a_, b_, add_, ...)                                            \
   template <>                                                                                  \
   struct Fp8Product<n> {                                                                       \
-    static __device__ __forceinline__ void Do(float (&d)[n / 2], uint32_t a, uint32_t b,       \
-                                              int add) {                                       \
+    static __device__ __forceinline__ void Do(float (&d)[kHalfAccumulators], uint32_t a,       \
+                                              uint32_t b, int add) {                           \
       asm volatile("{ .reg .pred p; setp.ne.b32 p, " add_                                      \
                    ", 0;\n"                                                                    \
                    "wgmma.mma_async.sync.aligned.m64n" #n "k32.f32.e4m3.e4m3 {" names "}, " a_ \
@@ -41,6 +41,14 @@ struct Fp8Product;
 #define JAXMOE_FP8_NAMES48 JAXMOE_FP8_NAMES40 ", %20, %21, %22, %23"
 #define JAXMOE_FP8_NAMES56 JAXMOE_FP8_NAMES48 ", %24, %25, %26, %27"
 #define JAXMOE_FP8_NAMES64 JAXMOE_FP8_NAMES56 ", %28, %29, %30, %31"
+#define JAXMOE_FP8_NAMES72 JAXMOE_FP8_NAMES64 ", %32, %33, %34, %35"
+#define JAXMOE_FP8_NAMES80 JAXMOE_FP8_NAMES72 ", %36, %37, %38, %39"
+#define JAXMOE_FP8_NAMES88 JAXMOE_FP8_NAMES80 ", %40, %41, %42, %43"
+#define JAXMOE_FP8_NAMES96 JAXMOE_FP8_NAMES88 ", %44, %45, %46, %47"
+#define JAXMOE_FP8_NAMES104 JAXMOE_FP8_NAMES96 ", %48, %49, %50, %51"
+#define JAXMOE_FP8_NAMES112 JAXMOE_FP8_NAMES104 ", %52, %53, %54, %55"
+#define JAXMOE_FP8_NAMES120 JAXMOE_FP8_NAMES112 ", %56, %57, %58, %59"
+#define JAXMOE_FP8_NAMES128 JAXMOE_FP8_NAMES120 ", %60, %61, %62, %63"
 
 #define JAXMOE_FP8_REGISTERS8 JAXMOE_D8(0)
 #define JAXMOE_FP8_REGISTERS16 JAXMOE_FP8_REGISTERS8, JAXMOE_D8(4)
@@ -50,6 +58,14 @@ struct Fp8Product;
 #define JAXMOE_FP8_REGISTERS48 JAXMOE_FP8_REGISTERS40, JAXMOE_D8(20)
 #define JAXMOE_FP8_REGISTERS56 JAXMOE_FP8_REGISTERS48, JAXMOE_D8(24)
 #define JAXMOE_FP8_REGISTERS64 JAXMOE_FP8_REGISTERS56, JAXMOE_D8(28)
+#define JAXMOE_FP8_REGISTERS72 JAXMOE_FP8_REGISTERS64, JAXMOE_D8(32)
+#define JAXMOE_FP8_REGISTERS80 JAXMOE_FP8_REGISTERS72, JAXMOE_D8(36)
+#define JAXMOE_FP8_REGISTERS88 JAXMOE_FP8_REGISTERS80, JAXMOE_D8(40)
+#define JAXMOE_FP8_REGISTERS96 JAXMOE_FP8_REGISTERS88, JAXMOE_D8(44)
+#define JAXMOE_FP8_REGISTERS104 JAXMOE_FP8_REGISTERS96, JAXMOE_D8(48)
+#define JAXMOE_FP8_REGISTERS112 JAXMOE_FP8_REGISTERS104, JAXMOE_D8(52)
+#define JAXMOE_FP8_REGISTERS120 JAXMOE_FP8_REGISTERS112, JAXMOE_D8(56)
+#define JAXMOE_FP8_REGISTERS128 JAXMOE_FP8_REGISTERS120, JAXMOE_D8(60)
 
 JAXMOE_PRODUCT(8, JAXMOE_FP8_NAMES8, "%4", "%5", "%6", JAXMOE_FP8_REGISTERS8);
 JAXMOE_PRODUCT(16, JAXMOE_FP8_NAMES16, "%8", "%9", "%10", JAXMOE_FP8_REGISTERS16);
@@ -59,6 +75,14 @@ JAXMOE_PRODUCT(40, JAXMOE_FP8_NAMES40, "%20", "%21", "%22", JAXMOE_FP8_REGISTERS
 JAXMOE_PRODUCT(48, JAXMOE_FP8_NAMES48, "%24", "%25", "%26", JAXMOE_FP8_REGISTERS48);
 JAXMOE_PRODUCT(56, JAXMOE_FP8_NAMES56, "%28", "%29", "%30", JAXMOE_FP8_REGISTERS56);
 JAXMOE_PRODUCT(64, JAXMOE_FP8_NAMES64, "%32", "%33", "%34", JAXMOE_FP8_REGISTERS64);
+JAXMOE_PRODUCT(72, JAXMOE_FP8_NAMES72, "%36", "%37", "%38", JAXMOE_FP8_REGISTERS72);
+JAXMOE_PRODUCT(80, JAXMOE_FP8_NAMES80, "%40", "%41", "%42", JAXMOE_FP8_REGISTERS80);
+JAXMOE_PRODUCT(88, JAXMOE_FP8_NAMES88, "%44", "%45", "%46", JAXMOE_FP8_REGISTERS88);
+JAXMOE_PRODUCT(96, JAXMOE_FP8_NAMES96, "%48", "%49", "%50", JAXMOE_FP8_REGISTERS96);
+JAXMOE_PRODUCT(104, JAXMOE_FP8_NAMES104, "%52", "%53", "%54", JAXMOE_FP8_REGISTERS104);
+JAXMOE_PRODUCT(112, JAXMOE_FP8_NAMES112, "%56", "%57", "%58", JAXMOE_FP8_REGISTERS112);
+JAXMOE_PRODUCT(120, JAXMOE_FP8_NAMES120, "%60", "%61", "%62", JAXMOE_FP8_REGISTERS120);
+JAXMOE_PRODUCT(128, JAXMOE_FP8_NAMES128, "%64", "%65", "%66", JAXMOE_FP8_REGISTERS128);
 
 #undef JAXMOE_PRODUCT
 #undef JAXMOE_D8

@@ -61,6 +61,12 @@ struct Warp {
   uint32_t matrices[kWarpLanes][4];
 };
 
+// A product of the tensor cores: where its results go, and what is left to do for them.
+struct TensorProduct {
+  const float* results;
+  std::function<void()> run;
+};
+
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
@@ -70,8 +76,8 @@ struct Fiber {
   std::function<bool()> ready;  // empty: can run
   bool done = false;
   // Of the tensor cores: products of the open group, and of those not waited for.
-  std::vector<std::function<void()>> products;
-  std::vector<std::vector<std::function<void()>>> groups;
+  std::vector<TensorProduct> products;
+  std::vector<std::vector<TensorProduct>> groups;
   // Of the copy engine: stores of the open group, and of those not waited for.
   std::vector<std::shared_ptr<std::function<void()>>> stores;
   std::vector<std::vector<std::shared_ptr<std::function<void()>>>> store_groups;

@@ -238,14 +238,32 @@ template <int kPending>
 void WaitProducts() {
   auto& groups = ThisGpu().Self().groups;
   for (; groups.size() > kPending; groups.erase(groups.begin())) {
-    for (const auto& product : groups.front()) product();
+    for (const auto& product : groups.front()) product.run();
   }
   __syncwarp();  // a warp goes on together
 }
-template <int kSize>
-void TakeResults(float (&)[kSize]) {
+template <int kCount, int kSize>
+void TakeFirst(float (&d)[kSize]) {
   const emulated::Fiber& self = ThisGpu().Self();
-  if (!self.groups.empty() || !self.products.empty()) ThisGpu().Stop("results not waited for");
+  bool pending = !self.products.empty();
+  for (const auto& group : self.groups) {
+    for (const auto& product : group) pending |= product.results == d;
+  }
+  if (pending) ThisGpu().Stop("results not waited for");
+}
+template <int kSize>
+void TakeResults(float (&d)[kSize]) {
+  TakeFirst<kSize>(d);
+}
+// Issues a product: to be run when it is waited for, or at once.
+template <typename Run>
+void Issue(const float* results, Run run) {
+  if (ThisGpu().lazy()) {
+    ThisGpu().Self().products.push_back({results, run});
+  } else {
+    run();
+    ThisGpu().Self().products.push_back({results, [] {}});
+  }
 }
 
 // Element (i, k) of a factor with kInstructionDepth elements of the contraction.
@@ -281,18 +299,14 @@ struct Product {
         results[i] = sum;
       }
     };
-    if (ThisGpu().lazy()) {
-      ThisGpu().Self().products.push_back(run);
-    } else {
-      run();
-    }
+    Issue(results, run);
   }
 };
 
 // wgmma_fp8.cuh
 
-constexpr int kThirdColumns = 88;
-constexpr int kThirdAccumulators = kThirdColumns / 2;
+constexpr int kMaxHalfColumns = kMaxColumns / 2;
+constexpr int kHalfAccumulators = kMaxHalfColumns / 2;
 
 // e4m3: 1 sign, 4 exponent (bias 7) and 3 mantissa bits.
 inline float FromFp8(uint8_t code) {
@@ -311,7 +325,7 @@ inline float Fp8Factor(Block* block, uint64_t descriptor, int i, int k) {
 
 template <int kN>
 struct Fp8Product {
-  static void Do(float (&d)[kN / 2], uint32_t a, uint32_t b, int add) {
+  static void Do(float (&d)[kHalfAccumulators], uint32_t a, uint32_t b, int add) {
     Block* block = ThisBlock();
     const int thread = threadIdx.x % 128, lane = thread % emulated::kWarpLanes;
     float* results = d;
@@ -327,11 +341,7 @@ struct Fp8Product {
         results[i] = sum;
       }
     };
-    if (ThisGpu().lazy()) {
-      ThisGpu().Self().products.push_back(run);
-    } else {
-      run();
-    }
+    Issue(results, run);
   }
 };
 
