@@ -115,7 +115,11 @@ class Runner:
 
     def _drop(self, part: Part) -> None:
         self.say(f"{part.name}: left out, {max(self.left, 0):.0f} s are left for all that follows")
-        self.outcomes.append(Outcome(part.name, "dropped"))
+        self._keep(Outcome(part.name, "dropped"))
+
+    def _keep(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+        scaling_report.collect(self.out, [dataclasses.asdict(o) for o in self.outcomes])
 
     def _run_lane(self, lane: tuple[Part, ...]) -> None:
         for part in lane:
@@ -146,12 +150,11 @@ class Runner:
         if code != 0:
             absent = any("invalid choice: 'layer'" in line for line in lines)
             outcome.status = "timeout" if code in KILLED else "absent" if absent else "failed"
-        self.outcomes.append(outcome)
+        self._keep(outcome)
         last = f": {lines[-1]}" if lines and part.is_test else ""
         self.say(f"{part.name}: {outcome.status} after {outcome.seconds:.0f} s{last}")
         if outcome.status in ("failed", "timeout"):
             self.say("\n".join([f"the end of {log.name}:", *(f"    {line}" for line in lines)]))
-        scaling_report.collect(self.out, [dataclasses.asdict(o) for o in self.outcomes])
         return outcome
 
     def _wait(self, process: subprocess.Popen[bytes], name: str, log: Path) -> int:
@@ -166,8 +169,8 @@ class Runner:
 
     def _environment(self, part: Part) -> dict[str, str]:
         env = dict(os.environ)
-        paths = [str(self.out / "site"), *env.get("PYTHONPATH", "").split(os.pathsep)]
-        env["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
+        given = [Path(p).resolve() for p in env.get("PYTHONPATH", "").split(os.pathsep) if p]
+        env["PYTHONPATH"] = os.pathsep.join(map(str, [self.out / "site", *given]))
         env["PYTHONUNBUFFERED"] = "1"
         if part.gpus and self.platform == "gpu" and not part.is_test:  # tests count the GPUs
             env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, part.gpus))

@@ -77,10 +77,7 @@ def table(results: Row) -> list[str]:
     if rows:
         kinds = sorted({row["kind"] for row in rows})
         lines = [f"{', '.join(kinds)}; us of a call (its floor), on the slowest device"]
-        lines += [
-            "'L' before a figure: the wall clock of a loop, which has the launches in it.",
-            "",
-        ]
+        lines += ["L: the wall clock of a loop, launches included. wire: FP8, or as the rows.", ""]
         head = f"{'EP':>3} {'T, D, K, E':<20} {'wire':<4} {'SMs':>4} {'by':<12}"
         lines.append(head + "".join(f"{name:>22}" for name in _OPERATIONS) + f"{'wire GB/s':>14}")
         lines += [line for key in _keys(rows) for line in _lines(rows, key)]

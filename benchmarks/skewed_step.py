@@ -59,7 +59,7 @@ class Sizes:
 
 SIZES = {
     "cpu": Sizes(2048, 128, 512, 32, 16, 2, 2.0, "float32", 256, 256, 32, 8, 2, 2, 9),
-    "gpu": Sizes(16384, 2048, 1024, 64, 4, 8, 1.5, "bfloat16", 7168, 256, 32, 8, 10, 100, 9),
+    "gpu": Sizes(16384, 2048, 1024, 64, 4, 8, 1.5, "bfloat16", 7168, 256, 32, 8, 10, 300, 9),
 }
 SCENARIOS = ("uniform", "skewed", "moved", "replicas")
 

@@ -96,6 +96,7 @@ def test_time_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     runner.run([((hanging,),), ((python("late", "pass", 50),),)])
     assert {o.name: o.status for o in runner.outcomes} == {"hanging": "timeout", "late": "dropped"}
     assert runner.outcomes[0].seconds < 10
+    assert "late: dropped" in scaling_report.finish(tmp_path)
     assert "late: left out" in capsys.readouterr().out
 
 
