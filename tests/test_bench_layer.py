@@ -164,6 +164,26 @@ def test_records_lie_between_the_parts():
         assert not weights & {shape[1:] for shape in through if len(shape) == 3}
 
 
+def test_times_of_a_part_are_those_of_the_slowest_and_the_fastest_device(monkeypatch):
+    prepared = prepare()
+    parts = phases.phases(prepared._config("xla", "blocked"), 8, "blocked")[:2]
+    runs: list[Any] = []
+
+    def intervals(mesh: Any, transport: str, num: int, run: Any, repeats: int) -> Any:
+        runs.append((transport, num, repeats))
+        # Of the first part two devices in three repeats; the second took as long on both.
+        return [[[1.0, 5.0], [2.0, 4.0], [9.0, 3.0]], [[7.0, 7.0]] * 3]
+
+    monkeypatch.setattr(phases.events, "intervals", intervals)
+    monkeypatch.setattr(phases.clocks, "compile_on", lambda *_: None)
+    inputs = prepared._per_device()
+    prepared.close()
+    got = dict(phases.time_together(parts, prepared.mesh, inputs, "p2p", 3))
+    assert runs == [("p2p", 2, 3)]
+    assert (got["route"].us, got["route"].least_us) == (5.0, 2.0)
+    assert (got["dispatch"].us, got["dispatch"].least_us) == (7.0, 7.0)
+
+
 def test_a_wrong_layer_is_said_to_be_and_not_timed(monkeypatch: pytest.MonkeyPatch):
     real = layer.swiglu_experts
     calls = []
