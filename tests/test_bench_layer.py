@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -288,3 +291,27 @@ def test_named_shapes_have_a_hidden_width():
 
     assert set(layer_command.HIDDEN_DIMS) == set(command.SHAPES)
     assert math.prod((7168, 2048)) == 7168 * layer_command.HIDDEN_DIMS["deepseek"]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.timeout(200)
+def test_a_layer_in_several_processes(tmp_path: Path):
+    path = tmp_path / "results.json"
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    paths = (os.environ.get("PYTHONPATH"), str(Path(__file__).parents[1]))
+    command = "-m jaxmoe launch -n 2 --platform cpu --devices-per-process 2 -m jaxmoe bench layer"
+    options = "--shapes 16x16x2x8 --hidden-dim 8 --repeats 2 --iterations 2 --breakdown off"
+    options = f"{options} --combinations xla+blocked,cpu+blocked"
+    subprocess.run(
+        [sys.executable, *command.split(), *options.split(), "--json", path],
+        env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        check=True,
+        timeout=190,
+    )
+    content = json.loads(path.read_text())
+    assert (content["num_devices"], content["num_processes"]) == (4, 2)
+    results = content["shapes"][0]["results"]
+    assert [(r["name"], r["status"]) for r in results] == [
+        ("xla+blocked", "ok"),
+        ("cpu+blocked", "ok"),
+    ]
