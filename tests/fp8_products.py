@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,7 +25,7 @@ def draw(
     w = rng.standard_normal((len(sizes), dim, features)) / per_dim[:, None]
     x[sum(sizes) :] = np.nan
     x, w = (jnp.asarray(a, jnp.float32).astype(jnp.bfloat16) for a in (x, w))
-    return x, w, quantize_rows(x), jaxmoe.quantize_blocks(w), jnp.asarray(sizes, jnp.int32)
+    return x, w, jax.jit(quantize_rows)(x), jaxmoe.quantize_blocks(w), jnp.asarray(sizes, jnp.int32)
 
 
 def exact(x: Any, w: Any, sizes: Any) -> tuple[np.ndarray, np.ndarray]:
