@@ -81,7 +81,7 @@ def make_generator(model: Transformer, num_new: int = 20, **options: Any) -> Gen
 
 def cache_shape(generator: Generator) -> tuple[int, ...]:
     """Of one device's part of one array of a cache."""
-    state, _ = jax.eval_shape(generator.begin)
+    state, _ = generator.lower_begin().out_info
     shape = state.caches[0][0].shape
     return (shape[0] // generator.mesh.size, *shape[1:])
 
