@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import processes
 import pytest
@@ -50,3 +53,18 @@ def test_the_step_is_recorded_in_command_buffers(tmp_path: Path, num_gpus: int, 
         assert not outside, f"{name}: not recorded: {outside}"
     counts = {name: len(inside) for name, (inside, _) in programs.items()}
     assert max(counts.values()) == len(targets), (counts, targets)
+
+
+def tokens_of(kind: str, num_devices: int, **options: Any) -> list[list[int]]:
+    (log,) = processes.run("greedy", 1, 8, kind, str(num_devices), **options)
+    (line,) = re.findall(r"^tokens: (.*)$", log, re.MULTILINE)
+    return json.loads(line)
+
+
+@pytest.mark.parametrize("kind", ["grouped", "latent"])
+def test_gpus_write_what_the_host_writes(num_gpus: int, kind: str) -> None:
+    """The same tokens in float32 on one GPU, on two, and on eight devices of the host."""
+    expected = tokens_of(kind, 8)
+    assert len({token for row in expected for token in row}) > 5
+    for num_devices in range(1, min(num_gpus, 2) + 1):
+        assert tokens_of(kind, num_devices, gpus=[None]) == expected, num_devices
