@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import split
 from cases import SMOKE, Case
+from flax import nnx
 from split import make_group, make_inputs, on_devices
 from test_transports import assert_same_bits
 
 import jaxmoe
 from jaxmoe import latency
-from jaxmoe.layer_config import MoEConfig
 
 TRANSPORTS = ("cpu", "xla")
 LAYOUT = Path(__file__).parent.parent / "xla_ffi/cuda/layout.h"
@@ -55,6 +55,12 @@ def test_rows_in_fp8(transport: str):
     rows, again, weights, again_weights = on_devices(group, body)(*make_inputs(group, 8))
     assert isinstance(again, jaxmoe.QuantizedRows)
     assert_equal_trees((again, again_weights), (rows, weights))
+
+
+def test_which_calls_are_really_split():
+    """On transport cpu all of them, if asked for; xla has one step."""
+    tokens = [make_group(t, 4, max_pending=n).split_tokens for t in TRANSPORTS for n in (0, 1)]
+    assert tokens == [0, 24, 0, 0]
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -105,18 +111,16 @@ def test_gradients_are_those_of_whole_calls(transport: str, checkpoint: bool):
 def test_shared_experts_of_a_layer(transport: str):
     """Where they run makes no difference to the result."""
     group = make_group(transport, 4)
-    layer = jaxmoe.MoE(group, 32, num_shared_experts=1, rngs=flax_rngs())
+    layer = jaxmoe.MoE(group, 32, num_shared_experts=1, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (4, 6, group.dim), jnp.float32)
-    want, _ = layer(x)
-    assert isinstance(layer.config, MoEConfig)
+    want = run_layer(layer, x)
     layer.config = dataclasses.replace(layer.config, overlap_shared=True)
-    np.testing.assert_array_equal(layer(x)[0], want)
+    np.testing.assert_array_equal(run_layer(layer, x), want)
 
 
-def flax_rngs() -> Any:
-    from flax import nnx
-
-    return nnx.Rngs(0)
+@nnx.jit
+def run_layer(layer: jaxmoe.MoE, x: jax.Array) -> jax.Array:
+    return layer(x)[0]
 
 
 # ---- What is refused.
@@ -192,6 +196,29 @@ def test_limits_of_max_pending(wrong: Any):
 def test_limit_stands_in_two_places_alike():
     found = re.search(r"kMaxPending = (\d+);", LAYOUT.read_text())
     assert found and int(found[1]) == latency.MAX_PENDING
+
+
+@pytest.mark.parametrize("tag", ["received", "of another operation", "zeros"])
+def test_what_only_the_device_sees_is_refused_there(tag: str):
+    group = make_group("cpu", 4)
+
+    def body(x: Any, ids: Any, weights: Any, _: Any) -> Any:
+        pending = jaxmoe.dispatch_start(group, x, ids, weights)
+        copy = jax.tree.map(lambda a: a, pending)
+        rows, row_weights, plan = jaxmoe.dispatch_done(group, pending, site="first")
+        if tag == "of another operation":
+            combining = jaxmoe.combine_start(group, rows, row_weights, plan)
+            combining.token = copy.token = combining.token + jnp.sum(ids) * 0
+        if tag == "zeros":
+            copy.token = copy.token * 0
+        copy.token = copy.token + (rows[0, 0] * 0).astype(jnp.int32)  # after the first
+        return jaxmoe.dispatch_done(group, copy, site="second")[0]
+
+    why = "of another operation" if tag == "of another operation" else "each can be done once"
+    with pytest.raises(
+        jax.errors.JaxRuntimeError, match=f"a pending call that is not one: .*{why}"
+    ):
+        jax.block_until_ready(on_devices(group, body)(*make_inputs(group, 4)))
 
 
 # ---- The program for GPUs.

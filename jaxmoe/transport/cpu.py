@@ -52,7 +52,9 @@ class CpuGroup:
         processes = common.per_device(mesh, spec, lambda d: d.process_index)
         self.uid = common.new_uid(mesh, spec)
         self.heap_bytes = 0  # devices read each other's buffers
-        self.latency_tokens = self.split_tokens = 0
+        self.latency_tokens = 0
+        alone = bool((processes == jax.process_index()).all())
+        self.split_tokens = spec.max_tokens if spec.max_pending and alone else 0
         here = jax.process_index()
         self._lib.open_group(self.uid, spec.timeout, processes.tolist(), here)
         try:

@@ -39,7 +39,10 @@ void WatchDeadlines() {
       std::lock_guard<std::mutex> lock(TheRegistry().mutex);
       for (auto& [uid, group] : TheRegistry().groups) groups.push_back(group);
     }
-    for (auto& group : groups) group->CheckDeadlines(Clock::now());
+    for (auto& group : groups) {
+      group->CheckDeadlines(Clock::now());
+      group->split().CheckDeadlines(Clock::now());
+    }
   }
 }
 
@@ -82,6 +85,7 @@ void Group::Close(int64_t uid) {
 
 void Group::Shut() {
   if (link_) link_->Stop();
+  split_.Close();
   std::map<CallKey, Queue> open;
   {
     std::lock_guard<std::mutex> lock(mutex_);

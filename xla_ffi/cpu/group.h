@@ -13,6 +13,7 @@
 
 #include "xla_ffi/cpu/exchange.h"
 #include "xla_ffi/cpu/link.h"
+#include "xla_ffi/cpu/split.h"
 
 namespace jaxmoe {
 
@@ -26,7 +27,8 @@ struct GroupOptions {
 
 class Group : public std::enable_shared_from_this<Group> {
  public:
-  explicit Group(GroupOptions options) : options_(std::move(options)) {}
+  explicit Group(GroupOptions options)
+      : options_(std::move(options)), split_(options_.timeout_seconds) {}
 
   // The registry. Find returns null for a group that is closed or was never opened.
   static void Open(GroupOptions options);
@@ -38,6 +40,9 @@ class Group : public std::enable_shared_from_this<Group> {
   // A device of this process takes part in a call; `arrival.done` is called when its results are
   // there.
   void Arrive(const CallKey& key, const CallShape& shape, Arrival arrival);
+
+  // Calls in two halves; not for groups that span processes.
+  SplitCalls& split() { return split_; }
 
   // Shared memory, for groups that span processes; `largest` is the largest call there will be.
   void CreateSegment(const std::string& name, const CallShape& largest);
@@ -61,6 +66,7 @@ class Group : public std::enable_shared_from_this<Group> {
 
   const GroupOptions options_;
   std::shared_ptr<Link> link_;
+  SplitCalls split_;
 
   std::mutex mutex_;
   bool closed_ = false;
