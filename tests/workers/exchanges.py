@@ -48,6 +48,7 @@ def main() -> None:
         check_scan_with_native_collectives,
         check_independent_calls_with_native_collectives,
         check_several_groups,
+        check_calls_in_two_halves,
         check_closing_a_group,
     ):
         timed(check)
@@ -230,6 +231,27 @@ def check_several_groups() -> None:
 
     host, x = tokens()
     assert_local(compiled(body)(x), 3 * K * K * host)
+
+
+def check_calls_in_two_halves() -> None:
+    """Two pending at a time, a whole call between, in a loop; on CPUs the starts do all here."""
+    group, steps = make_group(max_pending=2), 20
+
+    def step(x: Any, _: Any) -> Any:
+        device = jax.lax.axis_index("expert").astype(jnp.int32)
+        t, k = jnp.indices((T, K), dtype=jnp.int32)
+        ids, weights = (device * 3 + t * 5 + k) % jnp.int32(E), jnp.ones((T, K))
+        pending = [jaxmoe.dispatch_start(group, x * i, ids, weights) for i in (1, 2)]
+        whole = there_and_back(group, x)
+        second = jaxmoe.dispatch_done(group, pending[1])
+        first = jaxmoe.dispatch_done(group, pending[0])
+        pending = [jaxmoe.combine_start(group, *results) for results in (first, second)]
+        y = [jaxmoe.combine_done(group, p) for p in pending]
+        return (y[0] + y[1] + whole) / (4 * K), None
+
+    program = compiled(lambda x: jax.lax.scan(step, x, length=steps)[0])
+    host, x = tokens()
+    assert_local(program(x), host)
 
 
 def check_closing_a_group() -> None:
