@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_grouped_matmul import TOLERANCES, assert_near
 
 import jaxmoe
 from jaxmoe import products
@@ -21,8 +22,6 @@ CASES = {
     "too_many": (4, 8, 8, (9, 2)),
 }
 BACKENDS = ("batched", "blocked", "cuda")
-# float32 sums of at most 16 products of values about 1, and bfloat16's rounding of the result.
-TOLERANCES = {"float32": 1e-5, "bfloat16": 2**-7}
 
 
 @pytest.fixture(autouse=True)
@@ -68,10 +67,7 @@ def test_values_and_gradients(case: str, backend: str, dtype: str):
     got = (y, *vjp(d_y))
     for name, g, want in zip(("y", "d_x", "d_w"), got, dense(x, w, sizes, d_y), strict=True):
         assert g.dtype == jnp.dtype(dtype), name
-        scale = max(1.0, np.abs(want).max(initial=0.0))
-        np.testing.assert_allclose(
-            np.asarray(g.astype(jnp.float32)), want, rtol=0, atol=TOLERANCES[dtype] * scale
-        )
+        assert_near(g, want, TOLERANCES[dtype], name)
     unused = np.arange(CASES[case][0]) >= np.asarray(sizes)[:, None]
     for rows in got[:2]:
         np.testing.assert_array_equal(np.asarray(rows.astype(jnp.float32))[unused], 0)

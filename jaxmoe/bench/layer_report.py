@@ -26,10 +26,8 @@ _HEADER = (
 
 def heading(num_devices: int) -> list[str]:
     """What all tables of a run have in common."""
-    names = sorted(set(machine.device_names()))
     return [
-        f"{num_devices} x {', '.join(names)}, {jax.process_count()} process(es), "
-        f"jax {jax.__version__}",
+        machine.describe(num_devices),
         "ms: wall clock of calls from Python, the next being made while one runs; of the slowest "
         "process.",
         "TFLOP/s: the experts' products on the device with most rows, over the time of the layer.",

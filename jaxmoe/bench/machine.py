@@ -43,6 +43,12 @@ def device_names() -> list[str]:
     return [d.device_kind for d in jax.devices()]
 
 
+def describe(num_devices: int) -> str:
+    """The devices of a run, its processes and the version of JAX."""
+    kinds = ", ".join(sorted(set(device_names())))
+    return f"{num_devices} x {kinds}, {jax.process_count()} process(es), jax {jax.__version__}"
+
+
 def host() -> str:
     """The host's processor and how many of its cores this process may use."""
     name = platform.processor() or platform.machine()

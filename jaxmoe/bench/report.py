@@ -28,10 +28,8 @@ _HEADER = (
 
 def heading(limits: Machine, num_devices: int) -> list[str]:
     """What all tables of a run have in common."""
-    names = sorted(set(machine.device_names()))
     return [
-        f"{num_devices} x {', '.join(names)}, {jax.process_count()} process(es), "
-        f"jax {jax.__version__}",
+        machine.describe(num_devices),
         f"link {limits.link_gbs:.4g} GB/s each way ({limits.link_source}), memory "
         f"{limits.hbm_gbs:.4g} GB/s ({limits.hbm_source})",
         "loop: wall clock of a loop of calls less that of an empty loop. events: CUDA events.",
