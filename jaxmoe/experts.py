@@ -22,10 +22,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
 from jaxmoe._vma import vary_alike, zeros_alike
-from jaxmoe.products import batched, choose_backend, cuda, grouped_matmul
+from jaxmoe.block_quantized import BlockQuantizedExperts
+from jaxmoe.products import batched, choose_backend, cuda, fp8_swiglu, grouped_matmul
 from jaxmoe.products.blocks import Blocks
 from jaxmoe.quantized import QuantizedExperts, matmul
 from jaxmoe.residuals import GATE, UP
+from jaxmoe.wire import QuantizedRows
 
 F32 = jnp.float32
 
@@ -41,11 +43,11 @@ def swiglu(
 
 
 def swiglu_experts(
-    rows: Float[Array, "C D"],
+    rows: Float[Array, "C D"] | QuantizedRows,
     group_sizes: Int32[Array, " L"],
-    gate: Float[Array, "L D F"] | QuantizedExperts,
-    up: Float[Array, "U D F"] | Float[Array, "D F"] | QuantizedExperts,
-    down: Float[Array, "L F D"] | QuantizedExperts,
+    gate: Float[Array, "L D F"] | QuantizedExperts | BlockQuantizedExperts,
+    up: Float[Array, "U D F"] | Float[Array, "D F"] | QuantizedExperts | BlockQuantizedExperts,
+    down: Float[Array, "L F D"] | QuantizedExperts | BlockQuantizedExperts,
     *,
     block_rows: int = 128,
     backend: str = "auto",
@@ -53,13 +55,19 @@ def swiglu_experts(
 ) -> Float[Array, "C D"]:
     """SwiGLU of every row with its own expert; rows past the last group come out as zeros.
 
+    With weights in FP8 (`jaxmoe.quantize_blocks`) all three products are those of FP8 tensor cores
+    (`jaxmoe.grouped_matmul`): rows are quantised unless they come as `QuantizedRows`, and so are
+    the hidden ones; SwiGLU is computed in float32. Gradients are those of the computation in
+    floats, with the master weights, at the hidden values that the FP8 products gave.
+
     Args:
-      rows: [C, D] rows in the order of the experts.
+      rows: [C, D] rows in the order of the experts; `QuantizedRows` with weights in FP8.
       group_sizes: [L] rows of each expert; rows past their sum belong to nobody.
       gate, up, down: the experts' weights in the dtype of `rows`. An `up` of [1, D, F] or [D, F] is
         one that all experts share; its gradient is the sum over them. `QuantizedExperts` are for
         the forward pass of the "blocked" backend: each step reads the eight-bit values of one
-        expert, and no wider copy of all is ever made.
+        expert, and no wider copy of all is ever made. `BlockQuantizedExperts`, all three or none,
+        are for the "cuda" and "blocked" backends, with gradients if they keep master weights.
       block_rows: rows per step of the "blocked" backend; about the rows of a typical expert.
       backend: "cuda", "tokamax", "blocked", "ragged_dot" or "auto", as for
         `jaxmoe.grouped_matmul`. Except for "blocked" and "batched", the gradient keeps rows @ gate
@@ -69,15 +77,22 @@ def swiglu_experts(
         all rows come out as NaN.
 
     Returns:
-      [C, D] in the dtype of `rows`.
+      [C, D] in the dtype of `rows`; bfloat16 for `QuantizedRows`.
 
     Raises:
-      ValueError: weights of other sizes; quantised ones with a backend other than "blocked" and
-        "auto", a shared up projection with "cuda"; "batched" without max_rows.
+      ValueError: weights of other sizes, of FP8 and other kinds mixed; quantised ones with a
+        backend that does not take them, a shared up projection of floats with "cuda"; "batched"
+        without max_rows.
       RuntimeError: "cuda" or "tokamax" where it cannot run.
-      TypeError: a derivative with quantised weights.
+      TypeError: a derivative with quantised weights, but for FP8 with master weights.
     """
-    up = up[None] if not isinstance(up, QuantizedExperts) and up.ndim == 2 else up
+    if not isinstance(up, QuantizedExperts | BlockQuantizedExperts) and up.ndim == 2:
+        up = up[None]
+    if isinstance(rows, QuantizedRows) or fp8_swiglu.concerns(gate, up, down):
+        _check_weights(rows, group_sizes, gate, up, down)
+        return fp8_swiglu.swiglu(
+            rows, group_sizes, gate, up, down, backend=backend, block_rows=block_rows
+        )
     quantized = any(isinstance(w, QuantizedExperts) for w in (gate, up, down))
     plain = not quantized and up.shape == gate.shape
     if backend == "cuda" and not plain:

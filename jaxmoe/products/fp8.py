@@ -65,6 +65,23 @@ def choose_backend(
     return "blocked" if reason else "cuda"
 
 
+def forward(
+    how: tuple[str, int], rows: wire.QuantizedRows, w: BlockQuantizedExperts, group_sizes: Any
+) -> jax.Array:
+    """The definition by a backend, with its rows per step, in bfloat16; no derivative."""
+    backend, block = how
+    if backend == "cuda":
+        return _ffi.grouped_fp8(rows, w.values, w.scales, group_sizes)
+    return _blocked(block, rows, w, group_sizes)
+
+
+def cotangent(w: BlockQuantizedExperts, d_master: jax.Array) -> BlockQuantizedExperts:
+    """What the gradient of the master weights is as one of all of `w`."""
+    assert w.master is not None
+    zeros = zeros_alike(w.values), zeros_alike(w.scales)
+    return BlockQuantizedExperts(*zeros, d_master.astype(w.master.dtype))
+
+
 def _check(x: Any, w: Any, group_sizes: Any) -> None:
     if not isinstance(w, BlockQuantizedExperts):
         raise ValueError(
@@ -90,12 +107,8 @@ def _check(x: Any, w: Any, group_sizes: Any) -> None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(how: tuple[str, int], x: Any, w: BlockQuantizedExperts, group_sizes: Any) -> Any:
-    backend, block = how
     rows = x if isinstance(x, wire.QuantizedRows) else quantize_rows(x)
-    if backend == "cuda":
-        y = _ffi.grouped_fp8(rows, w.values, w.scales, group_sizes)
-    else:
-        y = _blocked(block, rows, w, group_sizes)
+    y = forward(how, rows, w, group_sizes)
     return y if rows is x else y.astype(x.dtype)
 
 
@@ -127,9 +140,7 @@ def _product_bwd(how: tuple[str, int], residuals: Any, d_y: Any) -> Any:
     if w.master is not None:
         rows = x.dequantize(d_y.dtype) if isinstance(x, wire.QuantizedRows) else x
         d_master = module.weight_grad(rows.astype(d_y.dtype), d_y, group_sizes)
-        d_w = BlockQuantizedExperts(
-            zeros_alike(w.values), zeros_alike(w.scales), d_master.astype(w.master.dtype)
-        )
+        d_w = cotangent(w, d_master)
     return d_x, d_w, None
 
 
