@@ -17,17 +17,20 @@ from jaxmoe import losses, residuals
 from jaxmoe.balance.choice import choose_replicas, locality_of, near_replicas, tie_replicas
 from jaxmoe.balance.placement import Placement, check_placement
 from jaxmoe.balance.statistics import Observation, observe
+from jaxmoe.block_quantized import BlockQuantizedExperts
 from jaxmoe.experts import swiglu, swiglu_experts
 from jaxmoe.group import ExpertParallel
 from jaxmoe.layer_config import MoEConfig, param_specs
+from jaxmoe.layer_weights import EXPERTS, as_computed
 from jaxmoe.ops import combine, dispatch
 from jaxmoe.plan import Plan
-from jaxmoe.products import batched, choose_backend
+from jaxmoe.products import batched, choose_backend, fp8_swiglu
 from jaxmoe.quantized import QuantizedExperts
 from jaxmoe.routing import Routing, count_tokens_per_expert, route
 from jaxmoe.split import between, dispatch_done, dispatch_start
 
-Params = dict[str, Any]  # arrays, and `QuantizedExperts` for gate, up and down
+# Arrays, and `QuantizedExperts` or `BlockQuantizedExperts` for gate, up and down.
+Params = dict[str, Any]
 
 
 @jax.tree_util.register_dataclass
@@ -80,8 +83,8 @@ def moe_layer(
 
     Args:
       config: the static part.
-      params: arrays as in `param_specs`; `gate`, `up` and `down` may be `QuantizedExperts`
-        (`jaxmoe.compress.quantize_experts`), for the forward pass.
+      params: arrays as in `param_specs`; `gate`, `up` and `down` may be `QuantizedExperts` or
+        `BlockQuantizedExperts` (`jaxmoe.compress.quantize_experts`), for the forward pass.
       x: [..., D] tokens; cast to `group.dtype`. With three or more dimensions the last but one is
         the sequence.
       bias: [E] selection bias of the router, or None.
@@ -229,12 +232,12 @@ def _local_layer(
     slots = _slots(config, ids, placement)
 
     tokens = x.reshape(-1, group.dim).astype(group.dtype)
-    experts = {name: params[name] for name in ("gate", "up", "down")}
+    experts = {name: params[name] for name in EXPERTS}
     if placement is not None:
         own = {name: w for name, w in experts.items() if name != "up" or not config.shared_up}
         experts |= tie_replicas(own, placement, _rank(group), group.axis)
     rest = {name: p for name, p in params.items() if name.startswith("shared")}
-    weight = {name: _cast(p, group.dtype) for name, p in (experts | rest).items()}
+    weight = as_computed(config, experts | rest)
     shared = functools.partial(_shared_experts, weight)
     if config.overlap_shared and config.num_shared_experts:
         pending = dispatch_start(group, tokens, slots, weights, site=config.site)
@@ -256,7 +259,7 @@ def _local_layer(
         backend=_backend(config, most, weight),
         max_rows=most,
     )
-    expert_rows = checkpoint_name(expert_rows, residuals.EXPERT_ROWS)
+    expert_rows = checkpoint_name(expert_rows.astype(group.dtype), residuals.EXPERT_ROWS)
     y = combine(group, expert_rows, row_weights, plan, site=config.site)
     if config.num_shared_experts:
         # Apart, or XLA makes it one product with the sum, which waits for the exchange.
@@ -267,10 +270,6 @@ def _local_layer(
 
 def _shared_experts(weight: Params, tokens: jax.Array) -> jax.Array:
     return swiglu(tokens, weight["shared_gate"], weight["shared_up"], weight["shared_down"])
-
-
-def _cast(param: Any, dtype: Any) -> Any:
-    return param if isinstance(param, QuantizedExperts) else param.astype(dtype)
 
 
 def _route(
@@ -421,6 +420,9 @@ def _backend(config: MoEConfig, max_rows: int, weights: Params) -> str:
     """
     group, widths = config.group, (config.group.dim, config.hidden_dim)
     device = None if group.mesh is None else group.mesh.devices.flat[0]
+    if isinstance(weights["gate"], BlockQuantizedExperts):
+        dtype = group.dtype if group.rows_dtype is None else jnp.bfloat16
+        return fp8_swiglu.choose_backend(config.backend, dtype, widths, device)
     chosen = choose_backend(config.backend, group.dtype, widths, device).backend
     if config.backend != "auto":
         return chosen

@@ -42,6 +42,9 @@ class MoEConfig:
       overlap_shared: the shared experts run between the start and the done of dispatch
         (`jaxmoe.split`); which pays where the group splits its calls.
       backend: of the experts' products, as for `jaxmoe.grouped_matmul`.
+      expert_dtype: float8_e4m3fn: each step quantises the experts' weights (`quantize_blocks`) and
+        computes forward in FP8; gradients are those of the floats (`swiglu_experts`). None: in the
+        group's dtype.
     """
 
     group: ExpertParallel
@@ -59,18 +62,20 @@ class MoEConfig:
     shared_up: bool = False
     overlap_shared: bool = False
     backend: str = "auto"
+    expert_dtype: Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.group, ExpertParallel):
             raise ValueError(
                 f"MoE: group must be an ExpertParallel, got {type(self.group).__name__}."
             )
-        if self.group.rows_dtype is not None:
-            raise ValueError(
-                f"MoE: the group hands rows over in {self.group.rows_dtype.name} (rows_dtype), but "
-                f"the layer's experts compute in {self.group.dtype.name}. Make the group without "
-                "rows_dtype; wire_dtype alone sends tokens in FP8."
-            )
+        if self.expert_dtype is not None:
+            if jnp.dtype(self.expert_dtype) != jnp.float8_e4m3fn:
+                raise ValueError(
+                    f"MoE: expert_dtype must be float8_e4m3fn or None (as the group's dtype, "
+                    f"{self.group.dtype.name}), got {jnp.dtype(self.expert_dtype).name}."
+                )
+            object.__setattr__(self, "expert_dtype", jnp.dtype(self.expert_dtype))
         if self.backend not in BACKENDS:
             raise ValueError(f"MoE: backend must be one of {BACKENDS}, got {self.backend!r}.")
         for name, least in (("hidden_dim", 1), ("num_shared_experts", 0)):

@@ -40,6 +40,7 @@ class MoE(nn.Module):
     shared_up: bool = False
     overlap_shared: bool = False
     backend: str = "auto"
+    expert_dtype: Any = None
 
     @nn.compact
     def __call__(
@@ -73,6 +74,7 @@ class MoE(nn.Module):
             shared_up=self.shared_up,
             overlap_shared=self.overlap_shared,
             backend=self.backend,
+            expert_dtype=self.expert_dtype,
         )
         params = {}
         for name, spec in param_specs(config).items():

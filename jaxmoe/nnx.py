@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from jaxmoe.balance.placement import Placement, check_placement, contiguous
+from jaxmoe.block_quantized import BlockQuantizedExperts
 from jaxmoe.group import ExpertParallel
 from jaxmoe.layer import MoEStats, moe_layer
 from jaxmoe.layer_config import MoEConfig, param_specs
@@ -31,6 +32,10 @@ class ExpertMapArray(nnx.Variable):
 
 class QuantizedArray(nnx.Variable):
     """Eight-bit expert weights or their scales (`jaxmoe.compress.quantize_layer`), not trained."""
+
+
+class BlockQuantizedArray(QuantizedArray):
+    """As `QuantizedArray`, of `BlockQuantizedExperts`."""
 
 
 class MoE(nnx.Module):
@@ -68,6 +73,8 @@ class MoE(nnx.Module):
       overlap_shared: run the shared experts between sending and receiving of dispatch; see
         `jaxmoe.split` for where that pays.
       backend: of the experts' products, as for `jaxmoe.grouped_matmul`.
+      expert_dtype: jnp.float8_e4m3fn quantises the experts' weights in each step and computes them
+        forward in FP8; parameters and gradients stay floats. None: in `group.dtype`.
       rngs: for the initial values (stream "params").
     """
 
@@ -90,6 +97,7 @@ class MoE(nnx.Module):
         shared_up: bool = False,
         overlap_shared: bool = False,
         backend: str = "auto",
+        expert_dtype: Any = None,
         rngs: nnx.Rngs,
     ):
         self.config = MoEConfig(
@@ -108,6 +116,7 @@ class MoE(nnx.Module):
             shared_up=shared_up,
             overlap_shared=overlap_shared,
             backend=backend,
+            expert_dtype=expert_dtype,
         )
         for name, spec in param_specs(self.config).items():
             value = spec.init(rngs.params(), spec.shape, param_dtype)
@@ -135,7 +144,9 @@ class MoE(nnx.Module):
 
     @property
     def expert_weights(self) -> dict[str, Any]:
-        """`gate`, `up` and `down`: arrays, or `QuantizedExperts` of a quantised layer."""
+        """`gate`, `up` and `down`: arrays, or of a quantised layer `QuantizedExperts` or
+        `BlockQuantizedExperts`.
+        """
         return {name: self._param(name) for name in ("gate", "up", "down")}
 
     @property
@@ -202,8 +213,12 @@ class MoE(nnx.Module):
         )
 
     def _param(self, name: str) -> Any:
-        value, scales = getattr(self, name)[...], getattr(self, f"{name}_scales", None)
-        return value if scales is None else QuantizedExperts(value, scales[...])
+        variable, scales = getattr(self, name), getattr(self, f"{name}_scales", None)
+        if scales is None:
+            return variable[...]
+        blocks = isinstance(variable, BlockQuantizedArray)
+        kind = BlockQuantizedExperts if blocks else QuantizedExperts
+        return kind(variable[...], scales[...])
 
     def update_bias(self, stats: MoEStats, rate: float) -> None:
         """Move the selection bias against the load seen in `stats` (see `jaxmoe.update_bias`)."""

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxmoe.block_quantized import BlockQuantizedExperts
 from jaxmoe.compress.checks import EXPERTS
 from jaxmoe.compress.merge import MergedExperts
 from jaxmoe.compress.quantize import quantize_experts
 from jaxmoe.compress.sharing import share_up
 from jaxmoe.group import ExpertParallel
 from jaxmoe.layer_config import MoEConfig, param_specs
-from jaxmoe.nnx import ExpertMapArray, MoE, QuantizedArray, _metadata
+from jaxmoe.nnx import BlockQuantizedArray, ExpertMapArray, MoE, QuantizedArray, _metadata
 from jaxmoe.quantized import QuantizedExperts
 
 
@@ -25,7 +26,7 @@ def quantize_layer(moe: MoE, dtype: str) -> MoE:
 
     Args:
       moe: a trained layer; it keeps its weights.
-      dtype: "int8" or "fp8", see `quantize_experts`.
+      dtype: "int8", "fp8" or "fp8_blocks", see `quantize_experts`.
 
     Raises:
       ValueError: as `quantize_experts`.
@@ -36,8 +37,10 @@ def quantize_layer(moe: MoE, dtype: str) -> MoE:
         if name in EXPERTS:
             metadata = _metadata(moe.config.group, spec.sharding)
             values, scales = small[name].values, small[name].scales
-            setattr(new, name, nnx.data(QuantizedArray(values, **metadata)))
-            setattr(new, f"{name}_scales", nnx.data(QuantizedArray(scales, **metadata)))
+            blocks = isinstance(small[name], BlockQuantizedExperts)
+            kind = BlockQuantizedArray if blocks else QuantizedArray
+            setattr(new, name, nnx.data(kind(values, **metadata)))
+            setattr(new, f"{name}_scales", nnx.data(kind(scales, **metadata)))
     return new
 
 
@@ -110,7 +113,7 @@ def share_layer(moe: MoE, counts: Any = None) -> MoE:
 
 def _fetched(moe: MoE, name: str) -> dict[str, Any]:
     weights = moe.expert_weights
-    if any(isinstance(w, QuantizedExperts) for w in weights.values()):
+    if any(isinstance(w, QuantizedExperts | BlockQuantizedExperts) for w in weights.values()):
         raise ValueError(f"`{name}`: the layer's weights are quantised. Do that last.")
     return weights
 

@@ -1,4 +1,4 @@
-"""Expert weights in eight bits with a scale for each output channel."""
+"""Expert weights in eight bits with a scale for each output channel, or for each 128 x 128."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxmoe.block_quantized import BlockQuantizedExperts, quantize_blocks
 from jaxmoe.quantized import QuantizedExperts
 
 # Name, dtype, and the largest magnitude that it holds (int8 without -128, to be symmetric).
@@ -16,12 +17,15 @@ _KINDS: dict[str, tuple[Any, float]] = {
     "int8": (jnp.int8, 127.0),
     "fp8": (jnp.float8_e4m3fn, 448.0),
 }
-KINDS = tuple(_KINDS)
+BLOCKS = "fp8_blocks"
+KINDS = (*_KINDS, BLOCKS)
 
 
 def quantize_experts(weights: Any, dtype: str) -> Any:
-    """Expert matrices as `QuantizedExperts`, for computing without gradients (decoding).
+    """Expert matrices in eight bits, for computing without gradients (decoding).
 
+    "fp8_blocks" makes `BlockQuantizedExperts`, whose products FP8 tensor cores compute (see
+    `jaxmoe.quantize_blocks`); the others make `QuantizedExperts`, which are widened for theirs.
     With s = max_i |W[e, i, o]| / m for each expert e and output channel o, and m = 127 or 448:
 
     - "int8": |W - W'| <= s (1/2 + 2^-17), half a step and the rounding of W / s in float32;
@@ -31,17 +35,17 @@ def quantize_experts(weights: Any, dtype: str) -> Any:
 
     Args:
       weights: a float array [L, I, O], or a tree of them, such as a layer's gate, up and down.
-      dtype: "int8" or "fp8".
+      dtype: "int8", "fp8" or "fp8_blocks".
 
     Returns:
       The same tree with `QuantizedExperts` for the arrays: a quarter of float32's bytes and, for I
-      rows, 4 / I as many again for the scales.
+      rows, 4 / I as many again for the scales (`BlockQuantizedExperts`: 1 / 4096).
 
     Raises:
       ValueError: another dtype, an array of other rank or dtype, or numbers that are not finite
         (which only concrete arrays show).
     """
-    if dtype not in _KINDS:
+    if dtype not in KINDS:
         raise ValueError(
             f"`quantize_experts`: dtype is {dtype!r}, wanted one of {', '.join(KINDS)}. Leave the "
             "weights as they are for another precision."
@@ -50,10 +54,10 @@ def quantize_experts(weights: Any, dtype: str) -> Any:
 
 
 def _is_quantized(leaf: Any) -> bool:
-    return isinstance(leaf, QuantizedExperts)
+    return isinstance(leaf, QuantizedExperts | BlockQuantizedExperts)
 
 
-def _quantize(array: Float[Array, "L I O"], kind: str) -> QuantizedExperts:
+def _quantize(array: Float[Array, "L I O"], kind: str) -> QuantizedExperts | BlockQuantizedExperts:
     if _is_quantized(array):
         raise ValueError(
             f"`quantize_experts`: the weights are {array.dtype} already. Quantise the float ones."
@@ -68,7 +72,7 @@ def _quantize(array: Float[Array, "L I O"], kind: str) -> QuantizedExperts:
             f"`quantize_experts`: a weight {list(array.shape)} holds NaN or infinity. Take a "
             "checkpoint from before the training diverged."
         )
-    return _rounded(array, kind)
+    return quantize_blocks(array) if kind == BLOCKS else _rounded(array, kind)
 
 
 @functools.partial(jax.jit, static_argnums=1)
