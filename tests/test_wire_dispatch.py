@@ -193,9 +193,3 @@ def test_layer_computes_in_its_own_dtype():
     for y in quantized:
         error = np.abs(y - plain).max()
         assert 0 < error < 2.0**-3 * np.abs(plain).max()
-
-
-def test_layer_refuses_fp8_rows():
-    config = dataclasses.replace(CONFIGS["wire_no_mesh"], fp8_rows=True)
-    with pytest.raises(ValueError, match=r"MoE: .*rows_dtype.*experts compute in bfloat16"):
-        jaxmoe.MoE(exchange.make_group(config, "cpu"), 8, rngs=nnx.Rngs(0))
