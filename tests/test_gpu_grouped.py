@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_fp8_experts import plain_gradients
 
 import jaxmoe
 from jaxmoe import experts
@@ -252,3 +253,75 @@ def test_fp8_gradients_are_those_of_the_product_in_floats():
 def test_auto_picks_the_fp8_kernel():
     _, _, x, w, sizes = fp8_products.draw(*FP8_CASES["even"])
     assert "jaxmoe_grouped_fp8" in jax.jit(jaxmoe.grouped_matmul).lower(x, w, sizes).as_text()
+
+
+# rows, D, F and the sizes of the groups: both widths are rows of FP8 operands here.
+FP8_SWIGLU_CASES = {
+    "even": (512, 256, 512, (256, 256)),
+    "uneven": (301, 144, 176, (0, 1, 200, 0, 17)),
+    "every_width": (2211, 128, 144, tuple(range(1, 273, 17))),
+}
+
+
+def draw_experts(case: str) -> tuple[Any, list[Any], Any, Any]:
+    """Rows, NaN past the last group; gate, up and down; sizes and d_y."""
+    capacity, dim, features, sizes = FP8_SWIGLU_CASES[case]
+    rng = np.random.default_rng(len(case))
+    x, d_y = rng.standard_normal((2, capacity, dim))
+    x[sum(sizes) :] = np.nan
+    shapes = [(len(sizes), dim, features)] * 2 + [(len(sizes), features, dim)]
+    weights = [rng.standard_normal(s) / s[1] ** 0.5 for s in shapes]
+    x, d_y, *weights = (jnp.asarray(a, jnp.bfloat16) for a in (x, d_y, *weights))
+    return x, weights, jnp.asarray(sizes, jnp.int32), d_y
+
+
+@pytest.mark.parametrize("form", ["floats", "fp8"])
+@pytest.mark.parametrize("case", FP8_SWIGLU_CASES)
+def test_fp8_swiglu(case: str, form: str):
+    """Three of the products above: as a whole, since a hidden number that two programs round apart
+    becomes another code.
+    """
+    x, weights, sizes, _ = draw_experts(case)
+    blocks = [jaxmoe.quantize_blocks(w) for w in weights]
+    product = functools.partial(jaxmoe.grouped_matmul, backend="cuda")
+
+    @jax.jit
+    def by_products(rows: Any, gate: Any, up: Any, down: Any) -> Any:
+        a, b = (product(rows, w, sizes).astype(jnp.float32) for w in (gate, up))
+        return product((jax.nn.silu(a) * b).astype(jnp.bfloat16), down, sizes)
+
+    rows = jax.jit(fp8_products.quantize_rows)(x)
+    swiglu = jax.jit(functools.partial(experts.swiglu_experts, backend="cuda"))
+    got = wide(swiglu(rows if form == "fp8" else x, sizes, *blocks))
+    want = wide(by_products(rows, *blocks))
+    assert np.linalg.norm(got - want) <= 2**-7 * np.linalg.norm(want)
+    assert want.any() and not got[sum(FP8_SWIGLU_CASES[case][3]) :].any()
+
+
+@pytest.mark.parametrize("form", ["floats", "fp8"])
+def test_fp8_swiglu_gradients(form: str):
+    """In float64 at the products in FP8, from the master weights; up to four roundings to bfloat16,
+    relative to the largest.
+    """
+    x, weights, sizes, d_y = draw_experts("uneven")
+    x = jnp.nan_to_num(x)
+    rows = jax.jit(fp8_products.quantize_rows)(x)
+
+    @jax.jit
+    def gradients(x: Any, weights: Any, d_y: Any) -> Any:
+        def call(x: Any, weights: Any) -> Any:
+            masters = [jaxmoe.quantize_blocks(w, keep_master=True) for w in weights]
+            operand = rows if form == "fp8" else x
+            return experts.swiglu_experts(operand, sizes, *masters, backend="cuda")
+
+        return jax.vjp(call, x, weights)[1](d_y)
+
+    d_x, d_weights = gradients(x, weights, d_y)
+    blocks = [jaxmoe.quantize_blocks(w) for w in weights[:2]]
+    products = [jaxmoe.grouped_matmul(rows, w, sizes, backend="cuda") for w in blocks]
+    used = rows.dequantize(jnp.bfloat16) if form == "fp8" else x
+    want_x, *want = plain_gradients(used, weights, sizes, products, d_y)
+    got = [*d_weights, d_x] if form == "floats" else d_weights
+    for g, expected in zip(got, [*want, want_x], strict=False):
+        atol = 2**-6 * np.abs(expected).max()
+        np.testing.assert_allclose(wide(g), expected, rtol=0, atol=atol)
