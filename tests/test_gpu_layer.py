@@ -138,7 +138,8 @@ def test_a_layer_with_rows_and_experts_in_fp8(gpus: list[jax.Device]):
         )
         program = jax.jit(functools.partial(moe_layer, config)).lower(small, x)
         assert ("jaxmoe_grouped_fp8" in program.as_text()) == (backend == "auto")
-        outputs.append(program.compile()(small, x)[0])
+        outputs.append(jax.block_until_ready(program.compile()(small, x)[0]))
+        config.group.close()
     assert_same_norm(*outputs)
 
 
@@ -153,5 +154,6 @@ def test_training_with_experts_in_fp8(gpus: list[jax.Device]):
 
         program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(params, x)
         assert ("jaxmoe_grouped_fp8" in program.as_text()) == (backend == "auto")
-        results.append(program.compile()(params, x))
+        results.append(jax.block_until_ready(program.compile()(params, x)))
+        config.group.close()
     assert_same_norm(*results)
