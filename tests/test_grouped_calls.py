@@ -107,6 +107,54 @@ def test_calls_of_the_experts():
     }
 
 
+def test_calls_of_experts_in_fp8():
+    """Widths that FP8 rows can have; a width of 24 leaves "auto" the loop."""
+    rows, sizes, *weights = draw(jnp.bfloat16)
+    widened = [jnp.pad(w, [(0, 0), *((0, -n % 16) for n in w.shape[1:])]) for w in weights]
+
+    def in_fp8(rows: Any, sizes: Any, *weights: Any) -> Any:
+        blocks = [jaxmoe.quantize_blocks(w, keep_master=True) for w in weights]
+        return experts.swiglu_experts(rows, sizes, *blocks)
+
+    assert targets(in_fp8, rows, sizes, *widened) == {"jaxmoe_grouped_fp8": 3}
+    assert targets(gradient(in_fp8), rows, sizes, *widened) == {
+        "jaxmoe_grouped_fp8": 3,
+        "jaxmoe_grouped_input_grad": 3,
+        "jaxmoe_grouped_weight_grad": 3,
+    }
+    assert not targets(in_fp8, rows, sizes, *weights)
+
+
+def test_calls_of_a_layer_with_rows_and_experts_in_fp8():
+    """Rows pass from call to call: the hidden ones alone are quantised on the way."""
+    mesh = jax.make_mesh((2,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+    group = jaxmoe.ExpertParallel(
+        mesh,
+        num_experts=2 * L,
+        top_k=2,
+        dim=D,
+        max_tokens=8,
+        transport="cpu",
+        wire_dtype=jnp.float8_e4m3fn,
+        rows_dtype=jnp.float8_e4m3fn,
+    )
+    config = layer.MoEConfig(group, 2 * D)
+    params = {
+        name: jnp.zeros(spec.shape, jnp.bfloat16) for name, spec in param_specs(config).items()
+    }
+    params |= {name: jaxmoe.quantize_blocks(params[name]) for name in ("gate", "up", "down")}
+    call = lambda p, x: layer.moe_layer(config, p, x)[0]  # noqa: E731
+    x = jnp.zeros((16, D), jnp.bfloat16)
+    assert targets(call, params, x) == {
+        "jaxmoe_dispatch_fp8_rows": 1,
+        "jaxmoe_grouped_fp8": 3,
+        "jaxmoe_combine": 1,
+    }
+    text = jax.jit(call).trace(params, x).lower(lowering_platforms=("cuda",)).as_text()
+    made = re.findall(r"-> tensor<([0-9x]+)xf8E4M3FN>", text)
+    assert set(made) == {f"32x{2 * D}"}
+
+
 @pytest.mark.parametrize("save", [False, True])
 def test_checkpoint_saves_by_name(save: bool):
     """Saved, gate and up are not computed again for the gradient."""
