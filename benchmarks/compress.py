@@ -150,7 +150,7 @@ def variants(bench: Bench, tune: int) -> Any:
         return change
 
     yield "as trained", bench.model()
-    for kind in ("int8", "fp8"):
+    for kind in ("int8", "fp8", "fp8_blocks"):
         yield kind, changed(lambda moe, _, kind=kind: compress.quantize_layer(moe, kind))
     for num in (num_experts * 3 // 4, num_experts // 2, num_experts // 4):
         if num >= bench.model_config.top_k:

@@ -55,8 +55,9 @@ class DecodeConfig:
     shard_weights: bool = False
     """Spread the weights over the data axis, too, instead of a copy for each of its devices."""
     transport: Transport = "auto"
-    weights: Literal["full", "int8", "fp8"] = "full"
-    """Of the routed experts: as trained, or in eight bits with a scale for each output channel."""
+    weights: Literal["full", "int8", "fp8", "fp8_blocks"] = "full"
+    """Of the routed experts: as trained, or in eight bits with a scale for each output channel, or
+    with fp8_blocks one for each 128 x 128 weights, for products on FP8 tensor cores."""
     steps_per_call: int = 8
     """Tokens of a row between two looks of the host: at the clock, at whether all rows have ended,
     and with --stream for printing."""

@@ -299,7 +299,9 @@ def split_model(
 def quantize_model(
     model: Transformer, dtype: str
 ) -> tuple[nnx.GraphDef[Transformer], nnx.State, nnx.State]:
-    """A trained model with routed experts of "int8" or "fp8", split like `split_model`.
+    """A trained model with quantised routed experts, split like `split_model`.
+
+    dtype: as `jaxmoe.compress.quantize_layer` takes it.
 
     What is quantised is no parameter any more: it comes with the routers' biases.
     """

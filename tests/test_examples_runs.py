@@ -205,7 +205,7 @@ def test_decoding_is_the_same_on_other_devices(folder: Path) -> None:
     assert decode("--devices", 2).split("prefill: ")[0] == texts
 
 
-@pytest.mark.parametrize("weights", ["int8", "fp8"])
+@pytest.mark.parametrize("weights", ["int8", "fp8", "fp8_blocks"])
 def test_decoding_with_eight_bit_experts(folder: Path, weights: str) -> None:
     """On other numbers of devices the same text, which is that of the same rounded weights."""
 
