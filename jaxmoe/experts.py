@@ -157,17 +157,12 @@ def _fused_fwd(rows: Any, group_sizes: Any, gate: Any, up: Any, down: Any) -> An
 def _fused_bwd(residuals: Any, d_y: Any) -> Any:
     """As for `_blocked_bwd`, with all rows at once; h is computed again from a and b."""
     rows, group_sizes, gate, up, down, a, b = residuals
-    hidden, vjp = jax.vjp(lambda a, b: _activate(a, b).astype(rows.dtype), a, b)
+    hidden, vjp = jax.vjp(lambda a, b: fp8_swiglu.activate(a, b).astype(rows.dtype), a, b)
     d_a, d_b = vjp(cuda.input_grad(d_y, down, group_sizes))
     d_rows = cuda.input_grad(d_a, gate, group_sizes) + cuda.input_grad(d_b, up, group_sizes)
     d_gate = cuda.weight_grad(rows, d_a, group_sizes)
     d_up = cuda.weight_grad(rows, d_b, group_sizes)
     return d_rows, None, d_gate, d_up, cuda.weight_grad(hidden, d_y, group_sizes)
-
-
-def _activate(a: Any, b: Any) -> Any:
-    """In float32, as the kernel does it: rounded once."""
-    return jax.nn.silu(a.astype(F32)) * b.astype(F32)
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)

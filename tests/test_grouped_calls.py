@@ -18,7 +18,7 @@ import pytest
 import jaxmoe
 from jaxmoe import experts, layer, residuals
 from jaxmoe.layer_config import param_specs
-from jaxmoe.products import cuda, ragged
+from jaxmoe.products import cuda, fp8_swiglu, ragged
 
 C, D, F, L = 40, 16, 24, 3
 
@@ -32,7 +32,7 @@ def anywhere(monkeypatch: pytest.MonkeyPatch):
 def stand_ins(monkeypatch: pytest.MonkeyPatch):
     def swiglu(x: Any, gate: Any, up: Any, group_sizes: Any, *, save: bool) -> list[Any]:
         a, b = (ragged.forward(x, w, group_sizes) for w in (gate, up))
-        hidden = experts._activate(a, b).astype(x.dtype)
+        hidden = fp8_swiglu.activate(a, b).astype(x.dtype)
         return [hidden, a, b] if save else [hidden]
 
     for name in ("forward", "input_grad", "weight_grad"):

@@ -59,20 +59,27 @@ def assert_near(got: Any, want: np.ndarray, tolerance: float, name: str) -> None
     np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * scale, err_msg=name)
 
 
+def assert_right(operands: Any, expected: Any, **options: Any) -> list[Any]:
+    """y, d_x and d_w of x, w, group_sizes and d_y, which are near `expected`, in the dtype of x."""
+    x, w, sizes, d_y = operands
+
+    def product(x, w):
+        return jaxmoe.grouped_matmul(x, w, sizes, **options)
+
+    y, vjp = jax.vjp(jax.jit(product), x, w)
+    got = [y, *vjp(d_y)]
+    for name, g, want in zip(("y", "d_x", "d_w"), got, expected, strict=True):
+        assert g.dtype == x.dtype, name
+        assert_near(g, want, TOLERANCES[x.dtype.name], name)
+    return got
+
+
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients(case: str, backend: str, dtype: str):
-    x, w, sizes, d_y = draw(case, dtype)
-
-    def product(x, w):
-        return jaxmoe.grouped_matmul(x, w, sizes, backend=backend, block_rows=16)
-
-    y, vjp = jax.vjp(jax.jit(product), x, w)
-    got = (y, *vjp(d_y))
-    for name, g, want in zip(("y", "d_x", "d_w"), got, dense(x, w, sizes, d_y), strict=True):
-        assert g.dtype == jnp.dtype(dtype), name
-        assert_near(g, want, TOLERANCES[dtype], name)
+    operands = draw(case, dtype)
+    got = assert_right(operands, dense(*operands), backend=backend, block_rows=16)
     used = sum(CASES[case][3])
     for rows in got[:2]:
         np.testing.assert_array_equal(np.asarray(rows.astype(jnp.float32))[used:], 0)

@@ -86,12 +86,13 @@ def _forward(
     quantized = rows if isinstance(rows, QuantizedRows) else fp8.quantize_rows(rows)
     a = fp8.forward(how, quantized, gate, group_sizes)
     b = fp8.forward(how, quantized, up, _sizes_of(up, group_sizes))
-    hidden = fp8.quantize_rows(_activate(a, b).astype(BF16))
+    hidden = fp8.quantize_rows(activate(a, b).astype(BF16))
     y = fp8.forward(how, hidden, down, group_sizes)
     return y.astype(BF16 if quantized is rows else rows.dtype), a, b
 
 
-def _activate(a: Any, b: Any) -> Any:
+def activate(a: Any, b: Any) -> Any:
+    """SwiGLU of two products in float32, as kernels do it: rounded once."""
     return jax.nn.silu(a.astype(F32)) * b.astype(F32)
 
 
@@ -129,7 +130,7 @@ def _swiglu_bwd(how: tuple[str, int], residuals: Any, d_y: Any) -> Any:
     module: Any = cuda if backend == "cuda" else blocked.Blocked(block)
     gate, up, down = (w.master.astype(d_y.dtype) for w in weights)
     of_up = _sizes_of(up, group_sizes)
-    hidden, vjp = jax.vjp(lambda a, b: _activate(a, b).astype(d_y.dtype), a, b)
+    hidden, vjp = jax.vjp(lambda a, b: activate(a, b).astype(d_y.dtype), a, b)
     d_a, d_b = (d.astype(d_y.dtype) for d in vjp(module.input_grad(d_y, down, group_sizes)))
     d_rows = None
     if isinstance(rows, QuantizedRows):
