@@ -8,10 +8,12 @@ static configuration of a call crosses as one struct attribute, `CONFIG_FIELDS`,
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -34,7 +36,10 @@ TARGETS = (
     "jaxmoe_dispatch_grad",
     "jaxmoe_combine_grad",
 )
-# Calls in two halves; for GPUs.
+# Those of which GPUs have a second one, for XLA to record in command buffers; see `_call`.
+RECORDED = "_recorded"
+RECORDED_TARGETS = tuple(target + RECORDED for target in TARGETS[:3])
+# Calls in two halves; for GPUs, and always recorded.
 SPLIT_TARGETS = (
     "jaxmoe_dispatch_start",
     "jaxmoe_dispatch_done",
@@ -63,12 +68,31 @@ def register(
 ) -> None:
     """Make a library's handlers known to XLA, and before them the types of the state they keep.
 
-    `handlers` maps targets to their capsules by stage: `TARGETS`, on GPUs also `SPLIT_TARGETS`.
+    `handlers` maps targets to their capsules by stage: `TARGETS`, on GPUs also the others.
     """
     for name, registration in types.items():
         jax.ffi.register_ffi_type(name, registration, platform=platform)
     for target, handler in handlers.items():
         jax.ffi.register_ffi_target(target + suffix, handler, platform=platform)
+
+
+_DIFFERENTIATED = contextvars.ContextVar("jaxmoe_differentiated", default=False)
+
+
+@contextlib.contextmanager
+def differentiated() -> Iterator[None]:
+    """Within it calls of `dispatch` and `combine` are those of a program with gradients."""
+    before = _DIFFERENTIATED.set(True)
+    try:
+        yield
+    finally:
+        _DIFFERENTIATED.reset(before)
+
+
+def _kind(group: ExpertParallel, num_tokens: int) -> str:
+    """What follows the name of a call: see `_call`."""
+    latency = num_tokens <= group.latency_tokens and not _DIFFERENTIATED.get()
+    return RECORDED if latency else ""
 
 
 def register_products(lib: Any) -> None:
@@ -88,7 +112,8 @@ def dispatch(
     """Custom call for `reference.dispatch`."""
     if x.shape[0] == 0:  # XLA drops calls on empty arrays, on all devices alike
         return reference.dispatch(group, site, x, expert_ids, weights)
-    return _dispatch(group, site, "jaxmoe_dispatch{}", (x, expert_ids, weights))
+    target = "jaxmoe_dispatch{}" + _kind(group, x.shape[0])
+    return _dispatch(group, site, target, (x, expert_ids, weights))
 
 
 def dispatch_start(
@@ -161,7 +186,7 @@ def combine(
         return reference.combine(group, site, expert_rows, row_weights, plan)
     operands = (expert_rows, row_weights, plan.row_map)
     outputs = (((num_tokens, group.dim), expert_rows.dtype),)
-    return _call("jaxmoe_combine", group, site, operands, outputs)[0]
+    return _call("jaxmoe_combine" + _kind(group, num_tokens), group, site, operands, outputs)[0]
 
 
 def combine_start(
@@ -289,7 +314,18 @@ def _call(
     operands: tuple[jax.Array, ...],
     outputs: tuple[tuple[tuple[int, ...], Any], ...],
 ) -> list[jax.Array]:
-    """One custom call. Its first operand says which device of which slice this is."""
+    """One custom call. Its first operand says which device of which slice this is.
+
+    All devices must run the calls of a group in the same order, and on GPUs data alone does not
+    tell it: in a gradient the calls of two layers, and a combine and its gradient, may not depend
+    on each other. So most calls are put on XLA's stream for collectives, where they run in the
+    order of the program, one after the other, and never beside a collective. In a command buffer
+    there are no streams, so these calls cannot be recorded in one.
+
+    In decoding the recording is worth more: calls for few tokens without gradients, and those in
+    two halves, are ordinary calls, which XLA records one after the other. They have no order
+    against collectives, nor against calls of the other kind, but by data.
+    """
     config = {
         "group": np.int64(group.uid),
         "site": np.int64(site),
@@ -303,7 +339,8 @@ def _call(
     avals = [like.update(shape=shape, dtype=jnp.dtype(dtype)) for shape, dtype in outputs]
     call = jax.ffi.ffi_call(target + suffix_of(group.transport), avals, vmap_method="sequential")
     run: Callable[..., Any] = functools.partial(call, config=config)
-    if group.transport != "cpu":
+    recorded = target.endswith(RECORDED) or target in SPLIT_TARGETS
+    if group.transport != "cpu" and not recorded:
         run = _beside_no_collective(run)
     return list(run(_where(group), *operands))
 

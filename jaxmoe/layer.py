@@ -405,7 +405,7 @@ def _block_rows(group: ExpertParallel, num_tokens: int) -> int:
     balanced = max(1, num_tokens * group.top_k // group.num_local_experts)
     if _platform(group) == "cpu":
         return min(128, max(8, 1 << (balanced - 1).bit_length()))
-    return min(2048, max(64, 1 << (balanced // 2).bit_length() - 1))
+    return min(2048, max(64, 1 << balanced.bit_length() >> 2))
 
 
 def _platform(group: ExpertParallel) -> str:

@@ -130,7 +130,10 @@ def _dispatch(group: ExpertParallel, site: int, x: Any, expert_ids: Any, weights
 
 def _dispatch_fwd(group: ExpertParallel, site: int, x: Any, expert_ids: Any, weights: Any) -> Any:
     _check_derivative(group)
-    rows, row_weights, plan = _dispatch(group, site, x, expert_ids, weights)
+    with _ffi.differentiated():
+        rows, row_weights, plan = _BACKENDS[group.transport].dispatch(
+            group, site, x, expert_ids, weights
+        )
     plan = checkpoint_name(plan, PLAN)
     return (rows, row_weights, plan), plan
 
@@ -156,7 +159,8 @@ def _combine(
 def _combine_fwd(
     group: ExpertParallel, site: int, expert_rows: Any, row_weights: Any, plan: Any
 ) -> Any:
-    y = _combine(group, site, expert_rows, row_weights, plan)
+    with _ffi.differentiated():
+        y = _BACKENDS[group.transport].combine(group, site, expert_rows, row_weights, plan)
     return y, (expert_rows, row_weights, plan)
 
 

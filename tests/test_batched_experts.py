@@ -105,6 +105,7 @@ def test_quantised_weights_are_refused():
         ("gpu", "blocked", batched.MAX_ROWS // 2, "batched"),
         ("gpu", "blocked", batched.MAX_ROWS // 2 + 1, "blocked"),
         ("gpu", "cuda", 4, "cuda"),
+        ("gpu", "cuda", 1, "cuda"),
         ("cpu", "blocked", 4, "blocked"),
     ],
 )

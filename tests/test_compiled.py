@@ -113,6 +113,35 @@ def exchange_program(config: Config, transport: str) -> Any:
     return jax.jit(exchange.on_devices(config, body)).lower(*arguments)
 
 
+def test_calls_for_few_tokens_are_recorded_but_for_those_with_gradients():
+    """On GPUs: a call that may be recorded in a command buffer is one of another name."""
+    config = cases.CONFIGS["plain"]
+    group = exchange.make_group(config, "cpu")
+    group._handle.latency_tokens = config.T
+
+    def pair(x: Any, ids: Any, weights: Any) -> Any:
+        rows, row_weights, plan = jaxmoe.dispatch(group, x, ids, weights)
+        return jaxmoe.combine(group, rows, row_weights, plan)
+
+    def gradient(x: Any, ids: Any, weights: Any) -> Any:
+        y, vjp = jax.vjp(lambda x: pair(x, ids, weights), x)
+        return y + vjp(x)[0]
+
+    def names(body: Any, num_tokens: int) -> list[str]:
+        lead = (config.num_slices, config.R, num_tokens)
+        x = np.zeros((*lead, config.D), config.dtype)
+        ids, weights = np.zeros((*lead, config.K), np.int32), np.zeros((*lead, config.K), "f")
+        arguments = [exchange.place(config, a) for a in (x, ids, weights)]
+        text = jax.jit(exchange.on_devices(config, body)).lower(*arguments).as_text()
+        return re.findall(r"custom_call @jaxmoe_(\w+)\(", text)
+
+    plain = ["dispatch", "combine"]
+    assert names(pair, config.T) == ["dispatch_recorded", "combine_recorded"]
+    assert names(gradient, config.T) == [*plain, "combine_grad", "dispatch_grad"]
+    group._handle.latency_tokens = config.T - 1
+    assert names(pair, config.T) == plain
+
+
 def test_operations_are_nothing_but_their_calls():
     """No copy of the tokens by XLA, no collective, beside the two calls."""
     hlo = exchange_program(cases.CONFIGS["plain"], "cpu").compile().as_text()

@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 import shutil
 import signal
+from pathlib import Path
 from typing import Any
 
 import processes
 import pytest
+from decoding import captured
 
 pytestmark = [pytest.mark.gpu, pytest.mark.multiprocess, pytest.mark.timeout(300)]
 
@@ -93,6 +95,19 @@ def test_command_buffers(num_gpus: int, flags: str, num: int):
     assert all("2000 pairs, the same bits" in log for log in logs)
 
 
+@pytest.mark.parametrize("num", [1, 2], ids=["p2p", "nvshmem"])
+def test_calls_with_gradients_are_not_recorded(tmp_path: Path, num_gpus: int, num: int):
+    """In a command buffer those that do not depend on each other would have no order."""
+    flags = f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=independent"
+    logs = run(num_gpus, "independent", num, XLA_FLAGS=flags)
+    assert all("16 calls, the same bits" in log for log in logs)
+    programs = sorted(tmp_path.glob("*thunk_sequence_after_thunk_passes*"))
+    assert programs, sorted(path.name for path in tmp_path.iterdir())
+    for path in programs:
+        inside, outside = captured(path.read_text())
+        assert (len(inside), len(outside)) == (0, 16), path.name
+
+
 @pytest.fixture
 def sanitizer() -> list[str]:
     """The command, for our kernels only: XLA's would take minutes."""
@@ -103,17 +118,19 @@ def sanitizer() -> list[str]:
     return ["compute-sanitizer", *options]
 
 
-def sanitized(num_gpus: int, num: str, command: list[str]) -> str:
-    with launch(num_gpus, "sanitized", 1, num, PREFIX=" ".join(command)) as started:
+def sanitized(num_gpus: int, num: int, gpus: str, command: list[str]) -> list[str]:
+    """Logs of `num` processes, each with its own compute-sanitizer."""
+    with launch(num_gpus, "sanitized", num, gpus, PREFIX=" ".join(command)) as started:
         started.wait(SECONDS)
-        (log,) = started.check()
-    assert "all operations ran" in log
-    return log
+        logs = started.check()
+    assert all("all operations ran" in log for log in logs)
+    return logs
 
 
 def test_memcheck(num_gpus: int, sanitizer: list[str]):
     command = [*sanitizer, "--tool", "memcheck", "--error-exitcode", "9"]
-    assert "ERROR SUMMARY: 0 errors" in sanitized(num_gpus, "all", command)
+    (log,) = sanitized(num_gpus, 1, "all", command)
+    assert "ERROR SUMMARY: 0 errors" in log
 
 
 # racecheck does not know that a load with acquire waits for a store with release: the sender's
@@ -121,19 +138,22 @@ def test_memcheck(num_gpus: int, sanitizer: list[str]):
 RELEASED = {("Announce", "FinishSending")}
 
 
-@pytest.mark.parametrize("num", ["1", "2"])
-def test_racecheck(num_gpus: int, num: str, sanitizer: list[str]):
-    log = sanitized(num_gpus, num, [*sanitizer, "--tool", "racecheck"])
-    races = re.findall(
-        r"Race reported between (?:Write|Read) access at (.*)\n"
-        r".*and (?:Write|Read) access at (.*)",
-        log,
-    )
-    summary = re.search(r"RACECHECK SUMMARY: (\d+) hazards? displayed", log)
-    assert summary and int(summary[1]) == len(races), log[-2000:]
+@pytest.mark.parametrize("num", [1, 2])
+def test_racecheck(num_gpus: int, num: int, sanitizer: list[str]):
+    """On one GPU, and on two in a process each: in one process racecheck lets the kernels of one
+    GPU end before it begins those of the other, and they wait for each other.
+    """
     functions = re.compile(r"jaxmoe::\w+::(\w+)")
-    found = {tuple(sorted(functions.search(at)[1] for at in race)): race for race in races}  # type: ignore[index]
-    assert set(found) <= RELEASED, [found[pair] for pair in set(found) - RELEASED]
+    for log in sanitized(num_gpus, num, str(num), [*sanitizer, "--tool", "racecheck"]):
+        races = re.findall(
+            r"Race reported between (?:Write|Read) access at (.*)\n"
+            r".*and (?:Write|Read) access at (.*)",
+            log,
+        )
+        summary = re.search(r"RACECHECK SUMMARY: (\d+) hazards? displayed", log)
+        assert summary and int(summary[1]) == len(races), log[-2000:]
+        found = {tuple(sorted(functions.search(at)[1] for at in race)): race for race in races}  # type: ignore[index]
+        assert set(found) <= RELEASED, [found[pair] for pair in set(found) - RELEASED]
 
 
 @pytest.mark.parametrize("how", ["kill", "stop"])

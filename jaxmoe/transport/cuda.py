@@ -79,7 +79,8 @@ def load(name: str) -> tuple[Any, str]:
     from jaxmoe import _ffi
 
     handlers = {
-        name: jax.ffi.pycapsule(getattr(lib, name)) for name in (*_ffi.TARGETS, *_ffi.SPLIT_TARGETS)
+        target: jax.ffi.pycapsule(getattr(lib, target))
+        for target in (*_ffi.TARGETS, *_ffi.RECORDED_TARGETS, *_ffi.SPLIT_TARGETS)
     }
     _ffi.register(handlers, {}, platform="CUDA", suffix=_ffi.suffix_of(name))
     return lib, ""

@@ -1,9 +1,10 @@
-"""All four operations on GPUs of this process, for compute-sanitizer to watch.
+"""All four operations on GPUs, for compute-sanitizer to watch.
 
-Argument: how many GPUs, or "all". Plain and dropping, wide and narrow rows, few multiprocessors and
-all.
+Argument: how many GPUs, of this process or one of each, or "all". Plain and dropping, wide and
+narrow rows, few multiprocessors and all.
 """
 
+import os
 import sys
 
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jaxmoe
 
 processes.join()
+TRANSPORT = os.environ["JAXMOE_TEST_TRANSPORT"]
 NUM = jax.device_count() if sys.argv[1] == "all" else int(sys.argv[1])
 mesh = jax.make_mesh((NUM,), ("expert",), devices=jax.devices()[:NUM])
 SPEC = PartitionSpec("expert")
@@ -23,7 +25,7 @@ SPEC = PartitionSpec("expert")
 def run(num_tokens: int, dim: int, top_k: int, num_experts: int, **options: object) -> None:
     group = jaxmoe.ExpertParallel(
         mesh, num_experts=num_experts, top_k=top_k, dim=dim, max_tokens=num_tokens,
-        transport="p2p", timeout=230, **options,  # racecheck is slow
+        transport=TRANSPORT, timeout=230, **options,  # racecheck is slow
     )  # fmt: skip
     rng, num = np.random.default_rng(num_tokens), NUM * num_tokens
     x = rng.standard_normal((num, dim), np.float32).astype(jnp.bfloat16)

@@ -322,18 +322,27 @@ int Report(const std::exception& error, char* message, int size) {
 
 #define JAXMOE_EXPORT extern "C" __attribute__((visibility("default")))
 
-#define JAXMOE_HANDLER(symbol, function, binding)                        \
+#define JAXMOE_HANDLER(symbol, function, binding)                \
+  JAXMOE_EXPORT XLA_FFI_Error* symbol(XLA_FFI_CallFrame* frame); \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, jaxmoe::cuda::function, binding)
+
+// A call that XLA may record in a command buffer; see `_call` of jaxmoe/_ffi.py.
+#define JAXMOE_RECORDED_HANDLER(symbol, function, binding)               \
   JAXMOE_EXPORT XLA_FFI_Error* symbol(XLA_FFI_CallFrame* frame);         \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, jaxmoe::cuda::function, binding, \
                                 {ffi::Traits::kCmdBufferCompatible})
 
-JAXMOE_HANDLER(jaxmoe_dispatch, Dispatch, jaxmoe::cuda::BindDispatch(jaxmoe::cuda::BindCall()));
+#define JAXMOE_BOTH_HANDLERS(symbol, function, binding) \
+  JAXMOE_HANDLER(symbol, function, binding);            \
+  JAXMOE_RECORDED_HANDLER(symbol##_recorded, function, binding)
 
-JAXMOE_HANDLER(jaxmoe_dispatch_fp8_rows, DispatchFp8Rows,
+JAXMOE_BOTH_HANDLERS(jaxmoe_dispatch, Dispatch, jaxmoe::cuda::BindDispatch(jaxmoe::cuda::BindCall()));
+
+JAXMOE_BOTH_HANDLERS(jaxmoe_dispatch_fp8_rows, DispatchFp8Rows,
                jaxmoe::cuda::BindDispatch(jaxmoe::cuda::BindCall())
                    .Ret<ffi::Buffer<ffi::F32>>());  // row_scales [C, ceil(D / 128)]
 
-JAXMOE_HANDLER(jaxmoe_combine, Combine,
+JAXMOE_BOTH_HANDLERS(jaxmoe_combine, Combine,
                jaxmoe::cuda::BindCall()
                    .Arg<ffi::AnyBuffer>()         // expert_rows [C, D]
                    .Arg<ffi::Buffer<ffi::F32>>()  // row_weights [C]
@@ -341,29 +350,29 @@ JAXMOE_HANDLER(jaxmoe_combine, Combine,
                    .Ret<ffi::AnyBuffer>());       // y [T, D]
 
 // What a start hands to its done: pending [4].
-JAXMOE_HANDLER(jaxmoe_dispatch_start, DispatchStart,
+JAXMOE_RECORDED_HANDLER(jaxmoe_dispatch_start, DispatchStart,
                jaxmoe::cuda::BindCall()
                    .Arg<ffi::AnyBuffer>()           // x [T, D]
                    .Arg<ffi::Buffer<ffi::S32>>()    // expert_ids [T, K]
                    .Arg<ffi::Buffer<ffi::F32>>()    // weights [T, K]
                    .Ret<ffi::Buffer<ffi::S32>>());  // pending
 
-JAXMOE_HANDLER(jaxmoe_dispatch_done, DispatchDone,
+JAXMOE_RECORDED_HANDLER(jaxmoe_dispatch_done, DispatchDone,
                jaxmoe::cuda::BindDispatch(
                    jaxmoe::cuda::BindCall().Arg<ffi::Buffer<ffi::S32>>()));  // pending first
 
-JAXMOE_HANDLER(jaxmoe_dispatch_fp8_rows_done, DispatchFp8RowsDone,
+JAXMOE_RECORDED_HANDLER(jaxmoe_dispatch_fp8_rows_done, DispatchFp8RowsDone,
                jaxmoe::cuda::BindDispatch(jaxmoe::cuda::BindCall().Arg<ffi::Buffer<ffi::S32>>())
                    .Ret<ffi::Buffer<ffi::F32>>());  // row_scales
 
-JAXMOE_HANDLER(jaxmoe_combine_start, CombineStart,
+JAXMOE_RECORDED_HANDLER(jaxmoe_combine_start, CombineStart,
                jaxmoe::cuda::BindCall()
                    .Arg<ffi::AnyBuffer>()           // expert_rows [C, D]
                    .Arg<ffi::Buffer<ffi::F32>>()    // row_weights [C]
                    .Arg<ffi::Buffer<ffi::S32>>()    // row_map [R, T, K]
                    .Ret<ffi::Buffer<ffi::S32>>());  // pending
 
-JAXMOE_HANDLER(jaxmoe_combine_done, CombineDone,
+JAXMOE_RECORDED_HANDLER(jaxmoe_combine_done, CombineDone,
                jaxmoe::cuda::BindCall()
                    .Arg<ffi::Buffer<ffi::S32>>()  // pending
                    .Arg<ffi::AnyBuffer>()         // expert_rows [C, D]
