@@ -336,49 +336,52 @@ int Report(const std::exception& error, char* message, int size) {
   JAXMOE_HANDLER(symbol, function, binding);            \
   JAXMOE_RECORDED_HANDLER(symbol##_recorded, function, binding)
 
-JAXMOE_BOTH_HANDLERS(jaxmoe_dispatch, Dispatch, jaxmoe::cuda::BindDispatch(jaxmoe::cuda::BindCall()));
+JAXMOE_BOTH_HANDLERS(jaxmoe_dispatch, Dispatch,
+                     jaxmoe::cuda::BindDispatch(jaxmoe::cuda::BindCall()));
 
 JAXMOE_BOTH_HANDLERS(jaxmoe_dispatch_fp8_rows, DispatchFp8Rows,
-               jaxmoe::cuda::BindDispatch(jaxmoe::cuda::BindCall())
-                   .Ret<ffi::Buffer<ffi::F32>>());  // row_scales [C, ceil(D / 128)]
+                     jaxmoe::cuda::BindDispatch(jaxmoe::cuda::BindCall())
+                         .Ret<ffi::Buffer<ffi::F32>>());  // row_scales [C, ceil(D / 128)]
 
 JAXMOE_BOTH_HANDLERS(jaxmoe_combine, Combine,
-               jaxmoe::cuda::BindCall()
-                   .Arg<ffi::AnyBuffer>()         // expert_rows [C, D]
-                   .Arg<ffi::Buffer<ffi::F32>>()  // row_weights [C]
-                   .Arg<ffi::Buffer<ffi::S32>>()  // row_map [R, T, K]
-                   .Ret<ffi::AnyBuffer>());       // y [T, D]
+                     jaxmoe::cuda::BindCall()
+                         .Arg<ffi::AnyBuffer>()         // expert_rows [C, D]
+                         .Arg<ffi::Buffer<ffi::F32>>()  // row_weights [C]
+                         .Arg<ffi::Buffer<ffi::S32>>()  // row_map [R, T, K]
+                         .Ret<ffi::AnyBuffer>());       // y [T, D]
 
 // What a start hands to its done: pending [4].
 JAXMOE_RECORDED_HANDLER(jaxmoe_dispatch_start, DispatchStart,
-               jaxmoe::cuda::BindCall()
-                   .Arg<ffi::AnyBuffer>()           // x [T, D]
-                   .Arg<ffi::Buffer<ffi::S32>>()    // expert_ids [T, K]
-                   .Arg<ffi::Buffer<ffi::F32>>()    // weights [T, K]
-                   .Ret<ffi::Buffer<ffi::S32>>());  // pending
+                        jaxmoe::cuda::BindCall()
+                            .Arg<ffi::AnyBuffer>()           // x [T, D]
+                            .Arg<ffi::Buffer<ffi::S32>>()    // expert_ids [T, K]
+                            .Arg<ffi::Buffer<ffi::F32>>()    // weights [T, K]
+                            .Ret<ffi::Buffer<ffi::S32>>());  // pending
 
-JAXMOE_RECORDED_HANDLER(jaxmoe_dispatch_done, DispatchDone,
-               jaxmoe::cuda::BindDispatch(
-                   jaxmoe::cuda::BindCall().Arg<ffi::Buffer<ffi::S32>>()));  // pending first
+JAXMOE_RECORDED_HANDLER(
+    jaxmoe_dispatch_done, DispatchDone,
+    jaxmoe::cuda::BindDispatch(
+        jaxmoe::cuda::BindCall().Arg<ffi::Buffer<ffi::S32>>()));  // pending first
 
-JAXMOE_RECORDED_HANDLER(jaxmoe_dispatch_fp8_rows_done, DispatchFp8RowsDone,
-               jaxmoe::cuda::BindDispatch(jaxmoe::cuda::BindCall().Arg<ffi::Buffer<ffi::S32>>())
-                   .Ret<ffi::Buffer<ffi::F32>>());  // row_scales
+JAXMOE_RECORDED_HANDLER(
+    jaxmoe_dispatch_fp8_rows_done, DispatchFp8RowsDone,
+    jaxmoe::cuda::BindDispatch(jaxmoe::cuda::BindCall().Arg<ffi::Buffer<ffi::S32>>())
+        .Ret<ffi::Buffer<ffi::F32>>());  // row_scales
 
 JAXMOE_RECORDED_HANDLER(jaxmoe_combine_start, CombineStart,
-               jaxmoe::cuda::BindCall()
-                   .Arg<ffi::AnyBuffer>()           // expert_rows [C, D]
-                   .Arg<ffi::Buffer<ffi::F32>>()    // row_weights [C]
-                   .Arg<ffi::Buffer<ffi::S32>>()    // row_map [R, T, K]
-                   .Ret<ffi::Buffer<ffi::S32>>());  // pending
+                        jaxmoe::cuda::BindCall()
+                            .Arg<ffi::AnyBuffer>()           // expert_rows [C, D]
+                            .Arg<ffi::Buffer<ffi::F32>>()    // row_weights [C]
+                            .Arg<ffi::Buffer<ffi::S32>>()    // row_map [R, T, K]
+                            .Ret<ffi::Buffer<ffi::S32>>());  // pending
 
 JAXMOE_RECORDED_HANDLER(jaxmoe_combine_done, CombineDone,
-               jaxmoe::cuda::BindCall()
-                   .Arg<ffi::Buffer<ffi::S32>>()  // pending
-                   .Arg<ffi::AnyBuffer>()         // expert_rows [C, D]
-                   .Arg<ffi::Buffer<ffi::F32>>()  // row_weights [C]
-                   .Arg<ffi::Buffer<ffi::S32>>()  // row_map [R, T, K]
-                   .Ret<ffi::AnyBuffer>());       // y [T, D]
+                        jaxmoe::cuda::BindCall()
+                            .Arg<ffi::Buffer<ffi::S32>>()  // pending
+                            .Arg<ffi::AnyBuffer>()         // expert_rows [C, D]
+                            .Arg<ffi::Buffer<ffi::F32>>()  // row_weights [C]
+                            .Arg<ffi::Buffer<ffi::S32>>()  // row_map [R, T, K]
+                            .Ret<ffi::AnyBuffer>());       // y [T, D]
 
 JAXMOE_HANDLER(jaxmoe_dispatch_grad, DispatchGrad,
                jaxmoe::cuda::BindCall()
