@@ -291,10 +291,8 @@ def grouped_fp8(
     group_sizes: Int32[Array, " L"],
 ) -> Float[Array, "C F"]:
     """FP8 rows times the FP8 matrix of their group in bfloat16; zeros past the last group."""
-    capacity = x.shape[0]
-    x_scales = jnp.pad(x.scales.T, [(0, 0), (0, -capacity % 4)])
-    operands = (x.values, x_scales, values, scales, group_sizes)
-    shape = (capacity, values.shape[1])
+    operands = (x.values, x.scales, values, scales, group_sizes)
+    shape = (x.shape[0], values.shape[1])
     return _product("jaxmoe_grouped_fp8", operands, shape, dtype=jnp.bfloat16)[0]
 
 

@@ -108,7 +108,7 @@ bool Fit(const Shape& s, const RowScales& x_scales, const WeightScales& w_scales
   const auto blocks = [](int64_t width) { return (width + 127) / 128; };
   const auto x = x_scales.dimensions();
   const auto w = w_scales.dimensions();
-  return x[0] == blocks(s.dim) && x[1] == (s.num_rows + 3) / 4 * 4 && w[0] == s.num_groups &&
+  return x[0] == s.num_rows && x[1] == blocks(s.dim) && w[0] == s.num_groups &&
          w[1] == blocks(s.features) && w[2] == blocks(s.dim);
 }
 
@@ -195,7 +195,7 @@ JAXMOE_HANDLER(jaxmoe_grouped_swiglu_saving, SwigluSaving,
 JAXMOE_HANDLER(jaxmoe_grouped_fp8, Fp8Forward,
                jaxmoe::gemm::BindCall()
                    .Arg<jaxmoe::gemm::Fp8>()           // x [C, D]
-                   .Arg<jaxmoe::gemm::RowScales>()     // [ceil(D / 128), C rounded up to 4]
+                   .Arg<jaxmoe::gemm::RowScales>()     // [C, ceil(D / 128)]
                    .Arg<jaxmoe::gemm::Fp8>()           // w [L, F, D]
                    .Arg<jaxmoe::gemm::WeightScales>()  // [L, ceil(F / 128), ceil(D / 128)]
                    .Arg<jaxmoe::gemm::Ints>()          // group_sizes [L]

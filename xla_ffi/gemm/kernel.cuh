@@ -66,39 +66,28 @@ template <Op kOp>
 constexpr int kStepDepth = kOp == Op::kScaled ? kRowBytes : kDepth;
 // FP8 numbers with one scale: a step's.
 constexpr int kScaleBlock = 128;
-constexpr int kScaleBytes = kMaxColumns * 4;  // of the columns, for a step
-// The copy engine loads scales from every fourth row only (another is an illegal instruction), so
-// an FP8 tile's columns begin up to 3 rows before its own.
-constexpr int kScaleRows = 4;
-template <Op kOp>
-__device__ __forceinline__ int SkippedOf(int first_row) {
-  return kOp == Op::kScaled ? first_row % kScaleRows : 0;
-}
 
 // Rows of the tallest tile, and what the others are multiples of; see Tiles.
-template <Op kOp>
-constexpr int kRowMultiple = kOp == Op::kScaled ? 8 : 16;
+constexpr int kRowMultiple = 16;
 template <Op kOp>
 constexpr int kTallest = kOp == Op::kWeightGrad ? 0
-                         : kOp == Op::kScaled   ? kMaxColumns - kRowMultiple<kOp>
+                         : kOp == Op::kScaled   ? kFeatures
                                                 : kMaxColumns;
-static_assert(kScaleRows <= kRowMultiple<Op::kScaled>);
 
 // Operands of a call. With "rows" for tokens: A and B of the tensor cores' product are
 //   kForward, kSwiglu  weights [D, F] (gate: first warpgroup, up: second) and rows [C, D]
 //   kInputGrad         weights [D, F] and rows [C, F]
-//   kScaled            weights [F, D] and rows [C, D]
 //   kWeightGrad        rows x [C, D] and rows d_y [C, F]
+//   kScaled            rows [C, D] and weights [F, D]: see fp8.cu
 struct Params {
   CUtensorMap a, a2;  // a2: up
   CUtensorMap b;
   CUtensorMap out;          // kWeightGrad only
   __nv_bfloat16* y;         // [C, features]
   __nv_bfloat16* saved[2];  // kSwiglu: x gate and x up, or null
-  // kScaled: of rows [depth / kScaleBlock, C], and of weights
+  // kScaled: of rows [C, depth / kScaleBlock], and of weights
   // [L, features / kScaleBlock, depth / kScaleBlock]
-  CUtensorMap scales;
-  const float* weight_scales;
+  const float *row_scales, *weight_scales;
   GroupSizes groups;
   int features;  // of the result: width of y, or D for kWeightGrad
   int depth;     // contracted, but for kWeightGrad
@@ -136,10 +125,6 @@ struct Shared {
   __device__ uint32_t Slot(int i) const {
     return barriers + offsetof(Barriers, slot) + kSlotBytes * i;
   }
-  // kScaled: at the end of the place for results, which it does not use.
-  __device__ uint32_t Scales(int stage) const {
-    return out + kMultipliers * kOutBytes - (stage + 1) * kScaleBytes;
-  }
 };
 
 // The sequence of a cluster's tiles: every so-manieth, so that neighbours run at the same time. The
@@ -172,7 +157,7 @@ class Schedule {
  private:
   static __device__ uint32_t Bits(int value) { return static_cast<uint32_t>(value); }
 
-  Tiles<kTallest<kOp>, kRowMultiple<kOp>> tiles_;
+  Tiles<kTallest<kOp>, kRowMultiple> tiles_;
   const Shared shared_;
   int number_;
   Ring<kSlots> ring_;
@@ -213,7 +198,9 @@ __device__ __forceinline__ int StepsOf(const Params& p, const Tile& tile) {
 // The first feature that this block computes.
 template <Op kOp>
 __device__ __forceinline__ int FeatureOf(const Tile& tile) {
-  constexpr int kWidth = kOp == Op::kSwiglu ? kFeatures / 2 : kFeatures;
+  constexpr int kWidth = kOp == Op::kSwiglu   ? kFeatures / 2
+                         : kOp == Op::kScaled ? kMaxColumns
+                                              : kFeatures;
   return (tile.major * kCluster + static_cast<int>(RankInCluster())) * kWidth;
 }
 
@@ -235,11 +222,11 @@ __device__ void Feed(const Params& p, const Shared& shared, Schedule<kOp>* sched
   Tile tile;
   while (schedule->Next(&tile)) {
     const int steps = StepsOf<kOp>(p, tile), feature = FeatureOf<kOp>(tile);
-    const int skipped = SkippedOf<kOp>(tile.row), row = tile.row - skipped;
-    const int loads = kOp == Op::kWeightGrad ? kMaxColumns / kBlockColumns
-                                             : CeilDiv(skipped + tile.rows, kLoadRows);
+    const int loads =
+        kOp == Op::kWeightGrad ? kMaxColumns / kBlockColumns : CeilDiv(tile.rows, kLoadRows);
     constexpr int kLoadBytes = kOp == Op::kWeightGrad ? kBlockBytes : kLoadRows * kRowBytes;
-    const int bytes = kABytes + loads * kLoadBytes + (kOp == Op::kScaled ? kScaleBytes : 0);
+    constexpr int kOwnBytes = kOp == Op::kScaled ? kBBytes : kABytes;
+    const int bytes = kOwnBytes + loads * kLoadBytes;
     if (LaneId() != 0) continue;  // and waits in Next
     for (int step = 0; step < steps; ++step, ring.Next()) {
       Wait(shared.Empty(ring.at), ring.parity ^ 1);
@@ -252,22 +239,22 @@ __device__ void Feed(const Params& p, const Shared& shared, Schedule<kOp>* sched
       } else if constexpr (kOp == Op::kSwiglu) {
         Load(a, p.a, feature, k, tile.group, full);
         Load(a + kBlockBytes, p.a2, feature, k, tile.group, full);
-      } else if constexpr (kOp == Op::kInputGrad || kOp == Op::kScaled) {
+      } else if constexpr (kOp == Op::kInputGrad) {
         Load(a, p.a, k, feature, tile.group, full);
+      } else if constexpr (kOp == Op::kScaled) {
+        Load(b, p.b, k, feature, tile.group, full);
       } else {
         Load(a, p.a, feature, tile.row + k, full);
         Load(a + kBlockBytes, p.a, feature + 64, tile.row + k, full);
       }
-      if (kOp == Op::kScaled && step % kCluster == rank) {
-        LoadShared(shared.Scales(ring.at), p.scales, row, step, full);
-      }
       for (int i = rank; i < loads; i += kCluster) {
-        const uint32_t to = b + i * kLoadBytes;
         if constexpr (kOp == Op::kWeightGrad) {
           const int column = tile.minor * kMaxColumns + i * kBlockColumns;
-          LoadShared(to, p.b, column, row + k, full);
+          LoadShared(b + i * kLoadBytes, p.b, column, tile.row + k, full);
         } else {
-          LoadShared(to, p.b, k, row + i * kLoadRows, full);
+          constexpr bool kRowsAreA = kOp == Op::kScaled;
+          LoadShared((kRowsAreA ? a : b) + i * kLoadBytes, kRowsAreA ? p.a : p.b, k,
+                     tile.row + i * kLoadRows, full);
         }
       }
     }

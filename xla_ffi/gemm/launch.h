@@ -34,7 +34,7 @@ cudaError_t LaunchSwiglu(cudaStream_t stream, int num_sms, const Shape& shape, c
                          void* a, void* b);
 
 // The forward product of FP8 (e4m3) with float32 scales: `x` [num_rows, dim] with `x_scales`
-// [ceil(dim / 128), num_rows rounded up to 4], `w` [num_groups, features, dim] with `w_scales`
+// [num_rows, ceil(dim / 128)], `w` [num_groups, features, dim] with `w_scales`
 // [num_groups, ceil(features / 128), ceil(dim / 128)]; y is bf16. `dim` is a multiple of 16.
 cudaError_t LaunchFp8Forward(cudaStream_t stream, int num_sms, const Shape& shape, const void* x,
                              const float* x_scales, const void* w, const float* w_scales,

@@ -23,12 +23,12 @@ Encode FindEncode() {
 }
 
 cudaError_t DescribeAs(CUtensorMapDataType type, int bytes, const void* data,
-                       std::initializer_list<int64_t> sizes, int box_columns, int box_rows,
-                       CUtensorMapSwizzle swizzle, CUtensorMap* map) {
+                       std::initializer_list<int64_t> sizes, int box_rows, CUtensorMap* map) {
   static const Encode encode = FindEncode();
   if (encode == nullptr) return cudaErrorSymbolNotFound;
   cuuint64_t dims[3], strides[3];
-  cuuint32_t box[3] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows), 1};
+  cuuint32_t box[3] = {static_cast<cuuint32_t>(kSwizzleBytes / bytes),
+                       static_cast<cuuint32_t>(box_rows), 1};
   cuuint32_t steps[3] = {1, 1, 1}, rank = 0;
   cuuint64_t stride = bytes;
   for (const int64_t size : sizes) {
@@ -38,8 +38,8 @@ cudaError_t DescribeAs(CUtensorMapDataType type, int bytes, const void* data,
   }
   const CUresult result =
       encode(map, type, rank, const_cast<void*>(data), dims, strides, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -47,20 +47,12 @@ cudaError_t DescribeAs(CUtensorMapDataType type, int bytes, const void* data,
 
 cudaError_t Describe(const void* data, std::initializer_list<int64_t> sizes, int box_rows,
                      CUtensorMap* map) {
-  return DescribeAs(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, data, sizes, kSwizzleBytes / 2, box_rows,
-                    CU_TENSOR_MAP_SWIZZLE_128B, map);
+  return DescribeAs(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, data, sizes, box_rows, map);
 }
 
 cudaError_t DescribeBytes(const void* data, std::initializer_list<int64_t> sizes, int box_rows,
                           CUtensorMap* map) {
-  return DescribeAs(CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, data, sizes, kSwizzleBytes, box_rows,
-                    CU_TENSOR_MAP_SWIZZLE_128B, map);
-}
-
-cudaError_t DescribeFloats(const float* data, std::initializer_list<int64_t> sizes, int box_columns,
-                           CUtensorMap* map) {
-  return DescribeAs(CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, data, sizes, box_columns, 1,
-                    CU_TENSOR_MAP_SWIZZLE_NONE, map);
+  return DescribeAs(CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, data, sizes, box_rows, map);
 }
 
 }  // namespace jaxmoe::gemm

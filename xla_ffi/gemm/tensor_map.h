@@ -18,9 +18,6 @@ cudaError_t Describe(const void* data, std::initializer_list<int64_t> sizes, int
 // The same of bytes, in boxes of 128 columns.
 cudaError_t DescribeBytes(const void* data, std::initializer_list<int64_t> sizes, int box_rows,
                           CUtensorMap* map);
-// float32 in boxes of [1, box_columns], not swizzled.
-cudaError_t DescribeFloats(const float* data, std::initializer_list<int64_t> sizes, int box_columns,
-                           CUtensorMap* map);
 
 }  // namespace jaxmoe::gemm
 

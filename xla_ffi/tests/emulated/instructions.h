@@ -305,8 +305,8 @@ struct Product {
 
 // wgmma_fp8.cuh
 
-constexpr int kMaxHalfColumns = kMaxColumns / 2;
-constexpr int kHalfAccumulators = kMaxHalfColumns / 2;
+constexpr int kFp8Columns = 128;
+constexpr int kFp8Accumulators = kFp8Columns / 2;
 
 // e4m3: 1 sign, 4 exponent (bias 7) and 3 mantissa bits.
 inline float FromFp8(uint8_t code) {
@@ -323,27 +323,24 @@ inline float Fp8Factor(Block* block, uint64_t descriptor, int i, int k) {
   return FromFp8(static_cast<uint8_t>(*AsyncBytes(block, address, 1)));
 }
 
-template <int kN>
-struct Fp8Product {
-  static void Do(float (&d)[kHalfAccumulators], uint32_t a, uint32_t b, int add) {
-    Block* block = ThisBlock();
-    const int thread = threadIdx.x % 128, lane = thread % emulated::kWarpLanes;
-    float* results = d;
-    const auto run = [=] {
-      for (int i = 0; i < kN / 2; ++i) {
-        const int row = thread / emulated::kWarpLanes * 16 + lane / 4 + i / 2 % 2 * 8;
-        const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-        float sum = add ? results[i] : 0;
-        for (int k = 0; k < 32; ++k) {
-          sum += Fp8Factor(block, WholeDescriptor(a), row, k) *
-                 Fp8Factor(block, WholeDescriptor(b), column, k);
-        }
-        results[i] = sum;
+inline void Fp8Product(float (&d)[kFp8Accumulators], uint32_t a, uint32_t b, int add) {
+  Block* block = ThisBlock();
+  const int thread = threadIdx.x % 128, lane = thread % emulated::kWarpLanes;
+  float* results = d;
+  const auto run = [=] {
+    for (int i = 0; i < kFp8Accumulators; ++i) {
+      const int row = thread / emulated::kWarpLanes * 16 + lane / 4 + i / 2 % 2 * 8;
+      const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      float sum = add ? results[i] : 0;
+      for (int k = 0; k < 32; ++k) {
+        sum += Fp8Factor(block, WholeDescriptor(a), row, k) *
+               Fp8Factor(block, WholeDescriptor(b), column, k);
       }
-    };
-    Issue(results, run);
-  }
-};
+      results[i] = sum;
+    }
+  };
+  Issue(results, run);
+}
 
 }  // namespace jaxmoe::gemm
 
