@@ -2,6 +2,10 @@
 
     python benchmarks/experts.py                      # 131,000 rows of 2048, 32 experts of 1024
     python benchmarks/experts.py --rows 40960 --experts 128 --dim 7168 --hidden 2048
+    python benchmarks/experts.py --backends cuda fp8 fp8_rows --calls 10    # those for Hopper GPUs
+
+"fp8" quantises the rows in each call, "fp8_rows" takes them quantised, as an FP8 wire gives them.
+The weights are quantised before for the forward pass, and in each call for both passes together.
 
 Wall clock of compiled calls in a row, without the first. Group sizes are drawn from Dirichlet(20)
 and fill four fifths of the rows. FLOP/s counts 6 D F per row forward, and four times that for
@@ -16,9 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jaxmoe
 from jaxmoe.experts import swiglu_experts
+from jaxmoe.products.fp8 import quantize_rows
 
 BLOCKS = (128, 256, 512, 1024, 2048, 4096)
+BACKENDS = ("blocked", "ragged_dot", "cuda", "fp8", "fp8_rows")
 
 
 def milliseconds(function: Any, args: Any, calls: int) -> float:
@@ -33,18 +40,26 @@ def milliseconds(function: Any, args: Any, calls: int) -> float:
 def report(backend: str, block: int, args: Any, sizes: jax.Array, calls: int) -> None:
     rows, gate = args[:2]
     flops = 6 * float(sizes.sum()) * rows.shape[1] * gate.shape[2]
+    fp8 = backend.startswith("fp8")
 
-    def forward(*args: Any) -> jax.Array:
-        rows, *weights = args
-        return swiglu_experts(rows, sizes, *weights, backend=backend, block_rows=block)
+    def quantized(weights: Any) -> Any:
+        return [jaxmoe.quantize_blocks(w, keep_master=True) if fp8 else w for w in weights]
 
-    def loss(*args: Any) -> jax.Array:
-        return jnp.sum(forward(*args).astype(jnp.float32) ** 2)
+    def forward(rows: Any, *weights: Any) -> jax.Array:
+        kind = "cuda" if fp8 else backend
+        return swiglu_experts(rows, sizes, *weights, backend=kind, block_rows=block)
 
+    def loss(weights: Any, rows: Any) -> jax.Array:
+        return jnp.sum(forward(rows, *quantized(weights)).astype(jnp.float32) ** 2)
+
+    # Rows that were rounded before have no gradient here.
+    given = jax.jit(quantize_rows)(rows) if backend == "fp8_rows" else rows
+    both = jax.grad(loss) if backend == "fp8_rows" else jax.grad(loss, (0, 1))
+    timed = (forward, (given, *quantized(args[1:])), 1), (both, (args[1:], given), 4)
     cells = [f"{backend:>10} {block:6d}"]
-    for function, factor in ((forward, 1), (jax.grad(loss, argnums=range(4)), 4)):
+    for function, operands, factor in timed:
         try:
-            ms = milliseconds(jax.jit(function), args, calls)
+            ms = milliseconds(jax.jit(function), operands, calls)
             cells.append(f"{ms:9.2f} ms {flops * factor / ms / 1e9:6.0f} TFLOP/s")
         except jax.errors.JaxRuntimeError as error:
             cells.append(f"{str(error)[:60]:>26}")
@@ -56,6 +71,7 @@ def main() -> None:
     for name, default in (("rows", 163840), ("experts", 32), ("dim", 2048), ("hidden", 1024)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--calls", type=int, default=3)
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS[:2])
     a = parser.parse_args()
     rng, keys = np.random.default_rng(0), jax.random.split(jax.random.key(0), 4)
     share = rng.dirichlet(np.full(a.experts, 20.0))
@@ -66,9 +82,9 @@ def main() -> None:
     args[1:] = [0.02 * w for w in args[1:]]
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, rows in use {int(sizes.sum())}")
     print(f"{vars(a)}\n   backend  block |          forward           |     forward + backward")
-    for block in BLOCKS:
-        report("blocked", block, args, sizes, a.calls)
-    report("ragged_dot", 0, args, sizes, a.calls)
+    for backend in a.backends:
+        for block in BLOCKS if backend == "blocked" else BLOCKS[:1]:
+            report(backend, block, args, sizes, a.calls)
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ __device__ __forceinline__ void WriteHalf(const Shared& shared, const Place& pla
 template <int kNumHalves>
 __device__ __forceinline__ void MultiplyScaledTile(const Params& p, const Shared& shared,
                                                    const Place& place, const Tile& tile,
-                                                   const Part& part, Ring<kStages>* ring) {
+                                                   const Part& part, Ring* ring) {
   const int steps = StepsOf<Op::kScaled>(p, tile), before = part.row + place.warp * 16;
   const int feature = FeatureOf<Op::kScaled>(tile) + part.half * kFp8Columns;
   const int row = tile.row + before;
@@ -139,7 +139,9 @@ __device__ __forceinline__ void MultiplyScaledTile(const Params& p, const Shared
   const ScalesOf scales(p, row + place.lane / 4, feature, tile.group);
   float sum[kNumHalves][kFp8Accumulators], d[kFp8Accumulators];
 #pragma unroll
-  for (int i = 0; i < kFp8Accumulators; ++i) sum[0][i] = sum[kNumHalves - 1][i] = 0;
+  for (int i = 0; i < kNumHalves * kFp8Accumulators; ++i) {
+    sum[i / kFp8Accumulators][i % kFp8Accumulators] = 0;
+  }
   Scales next = scales.At(0);
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
@@ -147,7 +149,7 @@ __device__ __forceinline__ void MultiplyScaledTile(const Params& p, const Shared
     next = scales.At(min(step + 1, steps - 1));
     Wait(shared.Full(ring->at), ring->parity);
     __syncwarp();
-    const uint32_t stage = ring->at * DescriptorStep(kStageBytes);
+    const uint32_t stage = ring->at * DescriptorStep(shared.stage_bytes);
 #pragma unroll
     for (int i = 0; i < kNumHalves; ++i) {
       Products(a + stage, b + stage + i * DescriptorStep(kFp8Columns * kRowBytes), d);
@@ -167,7 +169,7 @@ __device__ __forceinline__ void MultiplyScaledTile(const Params& p, const Shared
 __device__ __forceinline__ void MultiplyScaledTiles(const Params& p, const Shared& shared) {
   ToldTiles tiles(shared);
   const Place place;
-  Ring<kStages> ring;
+  Ring ring(p.stages.num);
   Tile tile;
   while (tiles.Next(&tile)) {
     const Part part(tile, place);
@@ -182,7 +184,7 @@ __device__ __forceinline__ void MultiplyScaledTiles(const Params& p, const Share
 }
 
 __global__ void __launch_bounds__(kThreads, 1) ScaledProduct(const __grid_constant__ Params p) {
-  const Shared shared(SharedMemory());
+  const Shared shared(SharedMemory(), p.stages);
   BeginBlock(shared);
   if (IsFeeder()) {
     FeedBlock<Op::kScaled>(p, shared);
@@ -199,6 +201,8 @@ cudaError_t LaunchFp8Forward(cudaStream_t stream, int num_sms, const Shape& s, c
                              const float* x_scales, const void* w, const float* w_scales,
                              const int32_t* group_sizes, void* y) {
   Params p = MakeParams(s, group_sizes, y, s.features, kMaxColumns, s.dim);
+  p.stages = kStages;
+  p.tallest = kFeatures;
   p.row_scales = x_scales;
   p.weight_scales = w_scales;
   const cudaError_t error =

@@ -34,8 +34,16 @@ constexpr int kGivenRegisters = 40, kTakenRegisters = 232;  // per thread; sum f
 constexpr int kFeatures = 64 * kMultipliers;  // of A: 64 for each warpgroup
 constexpr int kABytes = kMultipliers * kBlockBytes;
 constexpr int kBBytes = kMaxColumns * kDepth * 2;
-constexpr int kStageBytes = kABytes + kBBytes;
-constexpr int kStages = 4;
+// How many such stages: more of them, which hold fewer rows, for products of so few rows that they
+// take as long as reading the weights does.
+struct Stages {
+  int num, bytes, rows;
+};
+constexpr int kFewRows = 64, kMaxStages = 8;
+constexpr Stages kStages = {4, kABytes + kBBytes, kMaxColumns};
+constexpr Stages kMoreStages = {kMaxStages, kABytes + kFewRows * kDepth * 2, kFewRows};
+constexpr int kStagesBytes = kStages.num * kStages.bytes;
+static_assert(kMoreStages.num * kMoreStages.bytes <= kStagesBytes);
 constexpr int kLoadRows = 32;  // rows in one load of B, when B's rows are tokens
 
 // A warpgroup's place to lay out results before they leave: 128 rows of 64 features.
@@ -46,7 +54,7 @@ constexpr int kSlots = 2;  // tiles that the feeding warp has told the others of
 constexpr int kSlotBytes = 32;
 
 struct Barriers {
-  uint64_t full[kStages], empty[kStages];          // data of a stage
+  uint64_t full[kMaxStages], empty[kMaxStages];    // data of a stage
   uint64_t slot_full[kSlots], slot_empty[kSlots];  // tiles
   alignas(16) char slot[kSlots][kSlotBytes];
 };
@@ -58,8 +66,8 @@ enum class Op {
   kSwiglu,      // y = silu(x gate) (x up)
   kScaled,      // y = x w of FP8 values with scales, w as [L, F, D]
 };
-constexpr int kSharedBytes = kStages * kStageBytes + kMultipliers * kOutBytes +
-                             static_cast<int>(sizeof(Barriers)) + kPatternBytes;
+constexpr int kSharedBytes =
+    kStagesBytes + kMultipliers * kOutBytes + static_cast<int>(sizeof(Barriers)) + kPatternBytes;
 
 // Elements of the contraction in a step: as many as a row of a tile holds.
 template <Op kOp>
@@ -67,12 +75,8 @@ constexpr int kStepDepth = kOp == Op::kScaled ? kRowBytes : kDepth;
 // FP8 numbers with one scale: a step's.
 constexpr int kScaleBlock = 128;
 
-// Rows of the tallest tile, and what the others are multiples of; see Tiles.
+// What tiles' heights are multiples of; see Tiles.
 constexpr int kRowMultiple = 16;
-template <Op kOp>
-constexpr int kTallest = kOp == Op::kWeightGrad ? 0
-                         : kOp == Op::kScaled   ? kFeatures
-                                                : kMaxColumns;
 
 // Operands of a call. With "rows" for tokens: A and B of the tensor cores' product are
 //   kForward, kSwiglu  weights [D, F] (gate: first warpgroup, up: second) and rows [C, D]
@@ -92,27 +96,31 @@ struct Params {
   int features;  // of the result: width of y, or D for kWeightGrad
   int depth;     // contracted, but for kWeightGrad
   int num_major, num_minor;
+  Stages stages;
+  int tallest;  // rows of a tile
 };
 
 // Runs over the stages of a ring of barriers.
-template <int kSize>
 struct Ring {
+  const int size;
   int at = 0;
   uint32_t parity = 0;
+  explicit __device__ Ring(int num) : size(num) {}
   __device__ void Next() {
-    if (++at == kSize) at = 0, parity ^= 1;
+    if (++at == size) at = 0, parity ^= 1;
   }
 };
 
 // Addresses in a block's shared memory.
 struct Shared {
-  uint32_t stages, out, barriers;
+  uint32_t stage_bytes, stages, out, barriers;
 
-  explicit __device__ Shared(const char* memory)
-      : stages((SharedAddress(memory) + kPatternBytes - 1) / kPatternBytes * kPatternBytes),
-        out(stages + kStages * kStageBytes),
+  __device__ Shared(const char* memory, const Stages& s)
+      : stage_bytes(s.bytes),
+        stages((SharedAddress(memory) + kPatternBytes - 1) / kPatternBytes * kPatternBytes),
+        out(stages + kStagesBytes),
         barriers(out + kMultipliers * kOutBytes) {}
-  __device__ uint32_t A(int stage) const { return stages + stage * kStageBytes; }
+  __device__ uint32_t A(int stage) const { return stages + stage * stage_bytes; }
   __device__ uint32_t B(int stage) const { return A(stage) + kABytes; }
   __device__ uint32_t Full(int i) const { return barriers + offsetof(Barriers, full) + 8 * i; }
   __device__ uint32_t Empty(int i) const { return barriers + offsetof(Barriers, empty) + 8 * i; }
@@ -133,7 +141,7 @@ template <Op kOp>
 class Schedule {
  public:
   __device__ Schedule(const Params& p, const Shared& shared)
-      : tiles_(p.groups, p.num_major, p.num_minor),
+      : tiles_(p.groups, p.tallest, p.num_major, p.num_minor),
         shared_(shared),
         number_(blockIdx.x / kCluster) {}
 
@@ -157,10 +165,10 @@ class Schedule {
  private:
   static __device__ uint32_t Bits(int value) { return static_cast<uint32_t>(value); }
 
-  Tiles<kTallest<kOp>, kRowMultiple> tiles_;
+  Tiles<kOp != Op::kWeightGrad, kRowMultiple> tiles_;
   const Shared shared_;
   int number_;
-  Ring<kSlots> ring_;
+  Ring ring_{kSlots};
 };
 
 // The same sequence, as it is told to a multiplying warp.
@@ -183,7 +191,7 @@ class ToldTiles {
 
  private:
   const Shared shared_;
-  Ring<kSlots> ring_;
+  Ring ring_{kSlots};
 };
 
 // Columns of the product for a tile of `rows` tokens.
@@ -218,7 +226,7 @@ __device__ __forceinline__ void LoadShared(uint32_t to, const CUtensorMap& map, 
 template <Op kOp>
 __device__ void Feed(const Params& p, const Shared& shared, Schedule<kOp>* schedule) {
   const int rank = static_cast<int>(RankInCluster());
-  Ring<kStages> ring;
+  Ring ring(p.stages.num);
   Tile tile;
   while (schedule->Next(&tile)) {
     const int steps = StepsOf<kOp>(p, tile), feature = FeatureOf<kOp>(tile);
@@ -268,13 +276,13 @@ __device__ __forceinline__ void Release(const Shared& shared, int stage) {
 
 // d = A B over `steps` stages. `a` and `b` describe the first stage's tiles.
 template <int kN, bool kTransposedA, bool kTransposedB>
-__device__ __forceinline__ void Multiply(const Shared& shared, Ring<kStages>* ring, int steps,
-                                         uint32_t a, uint32_t b, float (&d)[kAccumulators]) {
+__device__ __forceinline__ void Multiply(const Shared& shared, Ring* ring, int steps, uint32_t a,
+                                         uint32_t b, float (&d)[kAccumulators]) {
   int last = 0;
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     Wait(shared.Full(ring->at), ring->parity);
-    const uint32_t stage = ring->at * DescriptorStep(kStageBytes);
+    const uint32_t stage = ring->at * DescriptorStep(shared.stage_bytes);
     BeginProducts();
 #pragma unroll
     for (int i = 0; i < kDepth / kInstructionDepth; ++i) {

@@ -14,7 +14,7 @@
 namespace jaxmoe::gemm {
 
 __device__ __forceinline__ void InitBarriers(const Shared& shared) {
-  for (int i = 0; i < kStages; ++i) {
+  for (int i = 0; i < kMaxStages; ++i) {
     InitBarrier(shared.Full(i), 1);
     InitBarrier(shared.Empty(i), kMultiplierWarps * kCluster);
   }
@@ -70,6 +70,9 @@ inline cudaError_t Launch(Kernel kernel, cudaStream_t stream, int num_sms, const
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
+// Rows of a group, on average, up to which products take more stages of fewer rows.
+constexpr int kFewRowsOfGroup = 16;
+
 // Params without the tensors: `width` features of the result in tiles of `tile_width` per block.
 inline Params MakeParams(const Shape& shape, const int32_t* group_sizes, void* y, int64_t width,
                          int tile_width, int64_t depth) {
@@ -80,6 +83,10 @@ inline Params MakeParams(const Shape& shape, const int32_t* group_sizes, void* y
   p.depth = static_cast<int>(depth);
   p.num_major = CeilDiv(p.features, tile_width * kCluster);
   p.num_minor = 1;
+  // A group may have more rows than the average: then its weights are read more than once.
+  const bool few = shape.num_rows <= kFewRowsOfGroup * shape.num_groups;
+  p.stages = few ? kMoreStages : kStages;
+  p.tallest = p.stages.rows;
   return p;
 }
 

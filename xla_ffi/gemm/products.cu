@@ -13,7 +13,7 @@ namespace {
 
 // Products of a tile's tokens, as wide as they are many.
 template <bool kTransposedA>
-__device__ __forceinline__ void MultiplyTokens(const Shared& shared, Ring<kStages>* ring, int steps,
+__device__ __forceinline__ void MultiplyTokens(const Shared& shared, Ring* ring, int steps,
                                                int columns, uint32_t a, uint32_t b,
                                                float (&d)[kAccumulators]) {
 #define JAXMOE_CASE(n)                                              \
@@ -56,9 +56,9 @@ __device__ __forceinline__ void ProductsOfRows(float (&d)[kAccumulators], uint32
 // The last step of a group whose rows are no multiple of kDepth: the loaded rows beyond the group
 // are the next group's, or anything. Those that an instruction would read become zeros, in both
 // factors, for they may hold NaN. Both warpgroups do so in B: they must not wait for each other.
-__device__ __forceinline__ void MultiplyRest(const Shared& shared, const Place& place,
-                                             Ring<kStages>* ring, bool add, int rows, uint32_t a,
-                                             uint32_t b, float (&d)[kAccumulators]) {
+__device__ __forceinline__ void MultiplyRest(const Shared& shared, const Place& place, Ring* ring,
+                                             bool add, int rows, uint32_t a, uint32_t b,
+                                             float (&d)[kAccumulators]) {
   Wait(shared.Full(ring->at), ring->parity);
   const int instructions = CeilDiv(rows, kInstructionDepth);
   const int extra = instructions * kInstructionDepth - rows;
@@ -72,7 +72,7 @@ __device__ __forceinline__ void MultiplyRest(const Shared& shared, const Place& 
   }
   FenceAsync();
   place.SyncGroup();
-  const uint32_t stage = ring->at * DescriptorStep(kStageBytes);
+  const uint32_t stage = ring->at * DescriptorStep(shared.stage_bytes);
   switch (instructions) {
     case 1:
       ProductsOfRows<1>(d, a + stage, b + stage, add);
@@ -92,8 +92,8 @@ __device__ __forceinline__ void MultiplyRest(const Shared& shared, const Place& 
   ring->Next();
 }
 
-__device__ __forceinline__ void MultiplyRows(const Shared& shared, const Place& place,
-                                             Ring<kStages>* ring, int rows, uint32_t a, uint32_t b,
+__device__ __forceinline__ void MultiplyRows(const Shared& shared, const Place& place, Ring* ring,
+                                             int rows, uint32_t a, uint32_t b,
                                              float (&d)[kAccumulators]) {
   const int whole = rows / kDepth, rest = rows % kDepth;
   if (whole > 0) Multiply<kMaxColumns, true, true>(shared, ring, whole, a, b, d);
@@ -109,7 +109,7 @@ __device__ __forceinline__ void MultiplyTiles(const Params& p, const Shared& sha
   constexpr bool kTransposedA = kOp != Op::kInputGrad;
   const uint32_t a = Descriptor(shared.A(0) + place.group * kBlockBytes);
   const uint32_t b = Descriptor(shared.B(0));
-  Ring<kStages> ring;
+  Ring ring(p.stages.num);
   Tile tile;
   float d[kAccumulators];
   uint32_t packed[kPacked];
@@ -148,7 +148,7 @@ __device__ __forceinline__ void MultiplyTiles(const Params& p, const Shared& sha
 
 template <Op kOp>
 __global__ void __launch_bounds__(kThreads, 1) GroupedProduct(const __grid_constant__ Params p) {
-  const Shared shared(SharedMemory());
+  const Shared shared(SharedMemory(), p.stages);
   BeginBlock(shared);
   if (IsFeeder()) {
     FeedBlock<kOp>(p, shared);
@@ -181,6 +181,7 @@ cudaError_t LaunchWeightGrad(cudaStream_t stream, int num_sms, const Shape& s, c
                              const void* d_y, const int32_t* group_sizes, void* d_w) {
   Params p = MakeParams(s, group_sizes, nullptr, s.dim, kFeatures, 0);
   p.num_minor = CeilDiv(static_cast<int>(s.features), kMaxColumns);
+  p.stages = kStages;
   const cudaError_t error =
       First({Describe(x, {s.dim, s.num_rows}, kDepth, &p.a),
              Describe(d_y, {s.features, s.num_rows}, kDepth, &p.b),

@@ -30,18 +30,16 @@ struct GroupSizes {
 };
 
 // Numbers tiles by group, then major slice, then row tile or minor slice. A group's rows are cut
-// into as few tiles as kTallest allows, as even as multiples of kMultiple are: neighbouring tiles
-// share the weights, and none is padded by kMultiple rows. kTallest 0: a tile has all rows of its
-// group and a minor slice, and empty groups have tiles too.
-template <int kTallest, int kMultiple>
+// into as few tiles as `tallest` allows, as even as multiples of kMultiple are: neighbouring tiles
+// share the weights, and none is padded by kMultiple rows. Without kRowTiles a tile has all rows of
+// its group and a minor slice, and empty groups have tiles too.
+template <bool kRowTiles, int kMultiple>
 class Tiles {
  public:
-  __device__ Tiles(const GroupSizes& groups, int num_major, int num_minor)
-      : groups_(groups), num_major_(num_major), num_minor_(num_minor) {
+  __device__ Tiles(const GroupSizes& groups, int tallest, int num_major, int num_minor)
+      : groups_(groups), tallest_(tallest), num_major_(num_major), num_minor_(num_minor) {
     LoadGroups();
   }
-
-  static constexpr bool kRowTiles = kTallest > 0;
 
   // Moves on to tile number t, all lanes alike; false if there are fewer. t may only grow.
   __device__ bool Find(int t, Tile* tile) {
@@ -56,7 +54,7 @@ class Tiles {
     const int row = __shfl_sync(kAllLanes, row_, lane);
     const int size = __shfl_sync(kAllLanes, size_, lane);
     tile->group = first_ + lane;
-    const int inner = kRowTiles ? CeilDiv(size, kTallest) : num_minor_;
+    const int inner = kRowTiles ? CeilDiv(size, tallest_) : num_minor_;
     tile->major = in_group / inner;
     const int rest = in_group % inner;
     if (kRowTiles) {
@@ -85,7 +83,7 @@ class Tiles {
     row_ = LaneId() == 0 ? rows_end_ : before;
     size_ = row_end - row_;
     rows_end_ = __shfl_sync(kAllLanes, row_end, 31);
-    int tiles = num_major_ * (kRowTiles ? CeilDiv(size_, kTallest) : num_minor_);
+    int tiles = num_major_ * (kRowTiles ? CeilDiv(size_, tallest_) : num_minor_);
     if (group >= groups_.num_groups) tiles = 0;
     const int tile_end = tiles_end_ + Scan(tiles);
     tile_ = tile_end - tiles;
@@ -102,7 +100,7 @@ class Tiles {
   }
 
   const GroupSizes groups_;
-  const int num_major_, num_minor_;
+  const int tallest_, num_major_, num_minor_;
   int first_ = 0;                     // group of lane 0
   int rows_end_ = 0, tiles_end_ = 0;  // after the group of lane 31
   int row_, size_, tile_;             // this lane's group: where it begins, and its rows

@@ -157,6 +157,12 @@ TEST(UnevenAndEmptyGroupsAndRowsLeftOver) {
   CheckProducts({{140, 72, 136, 5}, {0, 1, 100, 0, 17}});
 }
 TEST(OneHugeGroup) { CheckProducts({{290, 16, 72, 3}, {3, 277, 0}}); }
+TEST(FewRowsOnAverageAndOneHugeGroup) {
+  static_assert(220 <= 20 * kFewRowsOfGroup && 187 > 2 * kFewRows);
+  Problem p = {{220, 648, 72, 20}, {3, 187, 0, 1, 17}};
+  p.sizes.resize(20);
+  CheckProducts(p);
+}
 TEST(MoreStepsThanStages) { CheckProducts({{40, 328, 264, 2}, {20, 13}}); }
 TEST(EveryWidthOfTheProduct) {
   Problem p = {{0, 16, 8, 16}, {}};
