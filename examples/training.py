@@ -21,6 +21,12 @@ EXPERT_ARRAYS = ("gate", "up", "down")
 """Parameters of a MoE layer that have a row for each slot."""
 
 
+# For XLA on GPUs. Its scheduler for hiding latencies begins exchanges early, which keeps their
+# operands alive: 30.6 GiB a device instead of 18.4 for preset bench-gpu, at the same time per step
+# (benchmarks/results/2026-11-22-pretrain-step-2xH200.txt).
+_GPU_OPTIONS: dict[str, Any] = {"xla_gpu_enable_latency_hiding_scheduler": False}
+
+
 class TrainState(NamedTuple):
     """All that a step changes, and all that a checkpoint holds of the model."""
 
@@ -126,7 +132,10 @@ class Learner:
         )
         """Statistics before the first step."""
         self.train_step: Callable[..., tuple[TrainState, StepMetrics]] = jax.jit(
-            self._train_step, out_shardings=(shardings, everywhere), donate_argnums=0
+            self._train_step,
+            out_shardings=(shardings, everywhere),
+            donate_argnums=0,
+            compiler_options=_GPU_OPTIONS if mesh.devices.flat[0].platform == "gpu" else None,
         )
         """(state, tokens int32 [A, B / A, context + 1]) -> (next state, metrics), state donated."""
         self.eval_step: Callable[..., Array] = jax.jit(self._eval_step, out_shardings=everywhere)
