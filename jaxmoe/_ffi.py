@@ -50,6 +50,7 @@ SPLIT_TARGETS = (
 PRODUCT_TARGETS = (
     "jaxmoe_grouped_matmul",
     "jaxmoe_grouped_input_grad",
+    "jaxmoe_grouped_input_grad_of_two",
     "jaxmoe_grouped_weight_grad",
     "jaxmoe_grouped_swiglu",
     "jaxmoe_grouped_swiglu_saving",
@@ -262,6 +263,19 @@ def grouped_input_grad(
     return _product("jaxmoe_grouped_input_grad", (d_y, w, group_sizes), shape)[0]
 
 
+def grouped_input_grad_of_two(
+    d_y: Float[Array, "C F"],
+    w: Float[Array, "L D F"],
+    d_y2: Float[Array, "C F"],
+    w2: Float[Array, "L D F"],
+    group_sizes: Int32[Array, " L"],
+) -> Float[Array, "C D"]:
+    """The sum of two input gradients, rounded once."""
+    shape = (d_y.shape[0], w.shape[1])
+    operands = (d_y, w, d_y2, w2, group_sizes)
+    return _product("jaxmoe_grouped_input_grad_of_two", operands, shape)[0]
+
+
 def grouped_weight_grad(
     x: Float[Array, "C D"], d_y: Float[Array, "C F"], group_sizes: Int32[Array, " L"]
 ) -> Float[Array, "L D F"]:
@@ -301,8 +315,9 @@ def _product(
 ) -> list[jax.Array]:
     like = jax.typeof(operands[0])
     outputs = [like.update(shape=shape, dtype=dtype or like.dtype) for shape in shapes]
-    call = jax.ffi.ffi_call(target, outputs, vmap_method="sequential")
-    return list(call(*operands))
+    claims = like.update(shape=(1,), dtype=jnp.int32)  # memory for the kernel, of no use here
+    call = jax.ffi.ffi_call(target, [*outputs, claims], vmap_method="sequential")
+    return list(call(*operands))[:-1]
 
 
 def _call(

@@ -159,7 +159,7 @@ def _fused_bwd(residuals: Any, d_y: Any) -> Any:
     rows, group_sizes, gate, up, down, a, b = residuals
     hidden, vjp = jax.vjp(lambda a, b: fp8_swiglu.activate(a, b).astype(rows.dtype), a, b)
     d_a, d_b = vjp(cuda.input_grad(d_y, down, group_sizes))
-    d_rows = cuda.input_grad(d_a, gate, group_sizes) + cuda.input_grad(d_b, up, group_sizes)
+    d_rows = cuda.input_grad_of_two(d_a, gate, d_b, up, group_sizes)
     d_gate = cuda.weight_grad(rows, d_a, group_sizes)
     d_up = cuda.weight_grad(rows, d_b, group_sizes)
     return d_rows, None, d_gate, d_up, cuda.weight_grad(hidden, d_y, group_sizes)

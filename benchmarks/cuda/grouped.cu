@@ -2,7 +2,7 @@
 //
 //   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -I. -o grouped \
 //     benchmarks/cuda/grouped.cu xla_ffi/gemm/{products.cu,fp8.cu,tensor_map.cc}
-//   ./grouped [check | time | check8 | time8]; 8: FP8
+//   ./grouped [check | time | check8 | time8 | beside]; 8: FP8
 //
 // A time is that of CUDA events around kCalls calls in a row, divided by their number. Data are
 // random (constant data draw less power and run faster), sizes of groups from Dirichlet(20).
@@ -55,7 +55,7 @@ struct Problem {
 };
 
 struct Arrays {
-  Bf16 *x, *w, *w2, *y, *d_y, *d_x, *d_w, *h, *a, *b;
+  Bf16 *x, *w, *w2, *y, *d_y, *d_x, *d_x2, *d_w, *h, *a, *b;
   int32_t* sizes;
 };
 
@@ -85,6 +85,7 @@ Arrays MakeArrays(const Problem& p, bool grads) {
     a.w2 = Random(weights, 3, 1 / std::sqrt(static_cast<float>(s.dim)));
     a.d_y = Random(rows * s.features, 4, 1);
     a.d_x = Allocate<Bf16>(rows * s.dim, 0xff);
+    a.d_x2 = Allocate<Bf16>(rows * s.dim, 0xff);
     a.d_w = Allocate<Bf16>(weights, 0xff);
     a.h = Allocate<Bf16>(rows * s.features, 0xff);
     a.a = Allocate<Bf16>(rows * s.features, 0xff);
@@ -102,7 +103,7 @@ Arrays MakeArrays(const Problem& p, bool grads) {
 }
 
 void FreeArrays(const Arrays& a) {
-  void* const all[] = {a.x, a.w, a.w2, a.y, a.d_y, a.d_x, a.d_w, a.h, a.a, a.b, a.sizes};
+  void* const all[] = {a.x, a.w, a.w2, a.y, a.d_y, a.d_x, a.d_x2, a.d_w, a.h, a.a, a.b, a.sizes};
   for (void* p : all) Check(cudaFree(p));
 }
 
@@ -123,24 +124,26 @@ struct Worst {
   }
 };
 
-void CheckProblem(const char* name, const Problem& p, int num_sms) {
+void CheckProblem(const char* name, const Problem& p, const Target& t) {
   const Shape& s = p.shape;
   const Arrays a = MakeArrays(p, true);
   for (int call = 0; call < 2; ++call) {  // the second finds what the first has left
-    Check(LaunchForward(0, num_sms, s, a.x, a.w, a.sizes, a.y));
-    Check(LaunchInputGrad(0, num_sms, s, a.d_y, a.w, a.sizes, a.d_x));
-    Check(LaunchWeightGrad(0, num_sms, s, a.x, a.d_y, a.sizes, a.d_w));
-    Check(LaunchSwiglu(0, num_sms, s, a.x, a.w, a.w2, a.sizes, a.h, a.a, a.b));
+    Check(LaunchForward(t, s, a.x, a.w, a.sizes, a.y));
+    Check(LaunchInputGrad(t, s, a.d_y, a.w, a.sizes, a.d_x));
+    Check(LaunchInputGradOfTwo(t, s, a.d_y, a.w, a.y, a.w2, a.sizes, a.d_x2));
+    Check(LaunchWeightGrad(t, s, a.x, a.d_y, a.sizes, a.d_w));
+    Check(LaunchSwiglu(t, s, a.x, a.w, a.w2, a.sizes, a.h, a.a, a.b));
   }
   Check(cudaDeviceSynchronize());
   const int64_t rows = s.num_rows, dim = s.dim, features = s.features;
   const int64_t weights = s.num_groups * dim * features;
   const auto x = ToHost(a.x, rows * dim), w = ToHost(a.w, weights), w2 = ToHost(a.w2, weights);
   const auto d_y = ToHost(a.d_y, rows * features), y = ToHost(a.y, rows * features);
-  const auto d_x = ToHost(a.d_x, rows * dim), d_w = ToHost(a.d_w, weights);
+  const auto d_x = ToHost(a.d_x, rows * dim), d_x2 = ToHost(a.d_x2, rows * dim);
+  const auto d_w = ToHost(a.d_w, weights);
   const auto h = ToHost(a.h, rows * features), ga = ToHost(a.a, rows * features),
              gb = ToHost(a.b, rows * features);
-  Worst forward, input, weight, swiglu, saved;
+  Worst forward, input, two, weight, swiglu, saved;
   int64_t begin = 0;
   for (int64_t g = 0; g < s.num_groups; ++g) {
     const int64_t end = begin + p.sizes[g];
@@ -151,14 +154,16 @@ void CheckProblem(const char* name, const Problem& p, int num_sms) {
       std::fill(sum2.begin(), sum2.end(), 0);
       for (int64_t d = 0; d < dim; ++d) {
         const double v = x[r * dim + d];
-        double back = 0;
+        double back = 0, back2 = 0;
         for (int64_t f = 0; f < features; ++f) {
           sum[f] += v * wg[d * features + f];
           sum2[f] += v * wu[d * features + f];
           back += double{d_y[r * features + f]} * wg[d * features + f];
+          back2 += double{y[r * features + f]} * wu[d * features + f];
           total[d * features + f] += v * d_y[r * features + f];
         }
         input.Add(d_x[r * dim + d], back);
+        two.Add(d_x2[r * dim + d], back + back2);
       }
       for (int64_t f = 0; f < features; ++f) {
         forward.Add(y[r * features + f], sum[f]);
@@ -171,15 +176,18 @@ void CheckProblem(const char* name, const Problem& p, int num_sms) {
     begin = end;
   }
   for (int64_t r = begin; r < rows; ++r) {
-    for (int64_t d = 0; d < dim; ++d) input.Add(d_x[r * dim + d] == 0 ? 0 : NAN, 0);
+    for (int64_t d = 0; d < dim; ++d) {
+      input.Add(d_x[r * dim + d] == 0 ? 0 : NAN, 0);
+      two.Add(d_x2[r * dim + d] == 0 ? 0 : NAN, 0);
+    }
     for (int64_t f = 0; f < features; ++f) {
       forward.Add(y[r * features + f] == 0 ? 0 : NAN, 0);
       swiglu.Add(h[r * features + f] == 0 ? 0 : NAN, 0);
       saved.Add(ga[r * features + f] == 0 && gb[r * features + f] == 0 ? 0 : NAN, 0);
     }
   }
-  std::printf("%-12s %8.5f %8.5f %8.5f %8.5f %8.5f\n", name, forward.error, input.error,
-              weight.error, swiglu.error, saved.error);
+  std::printf("%-12s %8.5f %8.5f %8.5f %8.5f %8.5f %8.5f\n", name, forward.error, input.error,
+              two.error, weight.error, swiglu.error, saved.error);
   std::fflush(stdout);
   FreeArrays(a);
 }
@@ -215,7 +223,7 @@ double Microseconds(Launch launch) {
   return ms * 1e3 / kCalls;
 }
 
-void TimeProblem(const Shape& s, int num_sms) {
+void TimeProblem(const Shape& s, const Target& t) {
   const Problem p = {s, Dirichlet(s.num_rows, s.num_groups, 7)};
   const Arrays a = MakeArrays(p, true);
   const double flops = 2.0 * s.num_rows * s.dim * s.features;
@@ -227,18 +235,19 @@ void TimeProblem(const Shape& s, int num_sms) {
                 scale * flops / us * 1e-6, scale * weight_bytes / us * 1e-3);
     std::fflush(stdout);
   };
-  report("forward", 1,
-         Microseconds([&] { return LaunchForward(0, num_sms, s, a.x, a.w, a.sizes, a.y); }));
-  report("d_x", 1,
-         Microseconds([&] { return LaunchInputGrad(0, num_sms, s, a.d_y, a.w, a.sizes, a.d_x); }));
+  report("forward", 1, Microseconds([&] { return LaunchForward(t, s, a.x, a.w, a.sizes, a.y); }));
+  report("d_x", 1, Microseconds([&] { return LaunchInputGrad(t, s, a.d_y, a.w, a.sizes, a.d_x); }));
+  report("d_x of 2", 2, Microseconds([&] {
+           return LaunchInputGradOfTwo(t, s, a.d_y, a.w, a.y, a.w2, a.sizes, a.d_x);
+         }));
   report("d_w", 1,
-         Microseconds([&] { return LaunchWeightGrad(0, num_sms, s, a.x, a.d_y, a.sizes, a.d_w); }));
+         Microseconds([&] { return LaunchWeightGrad(t, s, a.x, a.d_y, a.sizes, a.d_w); }));
   if (s.features <= 2048) {
     report("swiglu", 2, Microseconds([&] {
-             return LaunchSwiglu(0, num_sms, s, a.x, a.w, a.w2, a.sizes, a.h, nullptr, nullptr);
+             return LaunchSwiglu(t, s, a.x, a.w, a.w2, a.sizes, a.h, nullptr, nullptr);
            }));
     report("swiglu+ab", 2, Microseconds([&] {
-             return LaunchSwiglu(0, num_sms, s, a.x, a.w, a.w2, a.sizes, a.h, a.a, a.b);
+             return LaunchSwiglu(t, s, a.x, a.w, a.w2, a.sizes, a.h, a.a, a.b);
            }));
   }
   FreeArrays(a);
@@ -293,8 +302,8 @@ void FreeFp8(const Fp8Arrays& a) {
   for (void* p : all) Check(cudaFree(p));
 }
 
-cudaError_t Fp8Forward(const Shape& s, int num_sms, const Fp8Arrays& a) {
-  return LaunchFp8Forward(0, num_sms, s, a.x, a.x_scales, a.w, a.w_scales, a.sizes, a.y);
+cudaError_t Fp8Forward(const Shape& s, const Target& t, const Fp8Arrays& a) {
+  return LaunchFp8Forward(t, s, a.x, a.x_scales, a.w, a.w_scales, a.sizes, a.y);
 }
 
 template <typename T>
@@ -304,10 +313,10 @@ std::vector<T> Raw(const T* p, int64_t n) {
   return values;
 }
 
-void CheckFp8(const char* name, const Problem& p, int num_sms) {
+void CheckFp8(const char* name, const Problem& p, const Target& t) {
   const Shape& s = p.shape;
   const Fp8Arrays a = MakeFp8(p);
-  for (int call = 0; call < 2; ++call) Check(Fp8Forward(s, num_sms, a));
+  for (int call = 0; call < 2; ++call) Check(Fp8Forward(s, t, a));
   Check(cudaDeviceSynchronize());
   const auto y = ToHost(a.y, s.num_rows * s.features);
   const auto raw_x = Raw(a.x, s.num_rows * s.dim);
@@ -338,10 +347,10 @@ void CheckFp8(const char* name, const Problem& p, int num_sms) {
   FreeFp8(a);
 }
 
-void TimeFp8(const Shape& s, int num_sms) {
+void TimeFp8(const Shape& s, const Target& t) {
   const Problem p = {s, Dirichlet(s.num_rows, s.num_groups, 7)};
   const Fp8Arrays a = MakeFp8(p);
-  const double us = Microseconds([&] { return Fp8Forward(s, num_sms, a); });
+  const double us = Microseconds([&] { return Fp8Forward(s, t, a); });
   std::printf("%7ld %5ld %5ld %4ld  %-9s %9.1f us %7.1f TFLOP/s  weights %6.0f GB/s\n",
               static_cast<long>(s.num_rows), static_cast<long>(s.dim),
               static_cast<long>(s.features), static_cast<long>(s.num_groups), "fp8", us,
@@ -361,50 +370,104 @@ void TimeCopy() {
   Check(cudaFree(to));
 }
 
+// Holds a multiprocessor, as a collective does that waits for another device.
+__global__ void Hold(int64_t nanoseconds) {
+  int64_t begin, now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(begin));
+  do {
+    __nanosleep(200);
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  } while (now - begin < nanoseconds);
+}
+
+// Of one call, while `held` multiprocessors are held for as long as the call takes by itself.
+template <typename Launch>
+double MicrosecondsBeside(Launch launch, int held, double us) {
+  constexpr int kRepeats = 7, kHeldBytes = 100 << 10;
+  Check(cudaFuncSetAttribute(Hold, cudaFuncAttributeMaxDynamicSharedMemorySize, kHeldBytes));
+  cudaStream_t other;
+  Check(cudaStreamCreateWithFlags(&other, cudaStreamNonBlocking));
+  cudaEvent_t begin, end;
+  Check(cudaEventCreate(&begin));
+  Check(cudaEventCreate(&end));
+  std::vector<float> times(kRepeats);
+  for (float& ms : times) {
+    if (held > 0) Hold<<<held, 32, kHeldBytes, other>>>(static_cast<int64_t>(us * 1e3) + 20000);
+    Hold<<<1, 32>>>(20000);  // until those are there
+    Check(cudaEventRecord(begin));
+    Check(launch());
+    Check(cudaEventRecord(end));
+    Check(cudaDeviceSynchronize());
+    Check(cudaEventElapsedTime(&ms, begin, end));
+  }
+  Check(cudaStreamDestroy(other));
+  std::sort(times.begin(), times.end());
+  return times[kRepeats / 2] * 1e3;
+}
+
+// What a product loses when another kernel has some of the multiprocessors.
+void TimeBeside(const Target& t) {
+  const Shape s = {32768, 7168, 2048, 128};
+  const Arrays a = MakeArrays({s, Dirichlet(s.num_rows, s.num_groups, 7)}, true);
+  const Target given = {t.stream, t.num_sms, nullptr};
+  std::printf("us of d_w alone, and while other kernels hold multiprocessors for as long\n");
+  for (const Target& target : {given, t}) {
+    const auto launch = [&] { return LaunchWeightGrad(target, s, a.x, a.d_y, a.sizes, a.d_w); };
+    const double alone = MicrosecondsBeside(launch, 0, 0);
+    std::printf("%-8s %9.1f", target.claims == nullptr ? "given" : "claimed", alone);
+    for (const int held : {1, 8, 24})
+      std::printf("  %d: %9.1f", held, MicrosecondsBeside(launch, held, alone));
+    std::printf("\n");
+  }
+  FreeArrays(a);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const std::string what = argc > 1 ? argv[1] : "";
   cudaDeviceProp device;
   Check(cudaGetDeviceProperties(&device, 0));
-  const int num_sms = device.multiProcessorCount;
-  std::printf("%s, %d multiprocessors\n", device.name, num_sms);
+  const Target t = {0, device.multiProcessorCount, Allocate<int32_t>(1, 0xff)};
+  const Target few = {0, 4, t.claims};
+  std::printf("%s, %d multiprocessors\n", device.name, t.num_sms);
   if (what == "check" || what.empty()) {
     std::printf("largest |error| / (|value| + 1); bf16 rounds to %.5f\n", 0x1p-8);
-    std::printf("             forward      d_x      d_w   swiglu  x gate, x up\n");
-    CheckProblem("one row", {{1, 8, 8, 1}, {1}}, num_sms);
-    CheckProblem("no rows", {{40, 64, 64, 2}, {0, 0}}, num_sms);
-    CheckProblem("even", {{512, 256, 256, 2}, {256, 256}}, num_sms);
-    CheckProblem("uneven", {{300, 72, 136, 5}, {0, 1, 200, 0, 17}}, num_sms);
-    CheckProblem("one huge", {{1100, 128, 200, 3}, {3, 1061, 0}}, num_sms);
-    CheckProblem("many", {{999, 264, 72, 70}, Dirichlet(950, 70, 1)}, num_sms);
-    CheckProblem("wide", {{600, 136, 520, 3}, Dirichlet(600, 3, 2)}, num_sms);
-    CheckProblem("few blocks", {{700, 200, 264, 6}, Dirichlet(650, 6, 3)}, 4);
+    std::printf("             forward      d_x  d_x of 2      d_w   swiglu  x gate, x up\n");
+    CheckProblem("one row", {{1, 8, 8, 1}, {1}}, t);
+    CheckProblem("no rows", {{40, 64, 64, 2}, {0, 0}}, t);
+    CheckProblem("even", {{512, 256, 256, 2}, {256, 256}}, t);
+    CheckProblem("uneven", {{300, 72, 136, 5}, {0, 1, 200, 0, 17}}, t);
+    CheckProblem("one huge", {{1100, 128, 200, 3}, {3, 1061, 0}}, t);
+    CheckProblem("many", {{999, 264, 72, 70}, Dirichlet(950, 70, 1)}, t);
+    CheckProblem("wide", {{600, 136, 520, 3}, Dirichlet(600, 3, 2)}, t);
+    CheckProblem("few blocks", {{700, 200, 264, 6}, Dirichlet(650, 6, 3)}, few);
   }
   if (what == "check8" || what.empty()) {
-    CheckFp8("one row", {{1, 16, 8, 1}, {1}}, num_sms);
-    CheckFp8("no rows", {{40, 64, 64, 2}, {0, 0}}, num_sms);
-    CheckFp8("even", {{512, 256, 256, 2}, {256, 256}}, num_sms);
-    CheckFp8("uneven", {{300, 144, 136, 5}, {0, 1, 200, 0, 17}}, num_sms);
-    CheckFp8("one huge", {{1100, 256, 200, 3}, {3, 1061, 0}}, num_sms);
-    CheckFp8("deep", {{200, 2048, 520, 3}, Dirichlet(190, 3, 2)}, num_sms);
-    CheckFp8("many", {{999, 272, 72, 70}, Dirichlet(950, 70, 1)}, num_sms);
-    CheckFp8("few blocks", {{700, 208, 264, 6}, Dirichlet(650, 6, 3)}, 4);
+    CheckFp8("one row", {{1, 16, 8, 1}, {1}}, t);
+    CheckFp8("no rows", {{40, 64, 64, 2}, {0, 0}}, t);
+    CheckFp8("even", {{512, 256, 256, 2}, {256, 256}}, t);
+    CheckFp8("uneven", {{300, 144, 136, 5}, {0, 1, 200, 0, 17}}, t);
+    CheckFp8("one huge", {{1100, 256, 200, 3}, {3, 1061, 0}}, t);
+    CheckFp8("deep", {{200, 2048, 520, 3}, Dirichlet(190, 3, 2)}, t);
+    CheckFp8("many", {{999, 272, 72, 70}, Dirichlet(950, 70, 1)}, t);
+    CheckFp8("few blocks", {{700, 208, 264, 6}, Dirichlet(650, 6, 3)}, few);
   }
   if (what == "time" || what.empty()) {
     TimeCopy();
-    TimeProblem({32768, 7168, 4096, 128}, num_sms);
-    TimeProblem({32768, 2048, 7168, 128}, num_sms);
-    TimeProblem({32768, 7168, 2048, 128}, num_sms);
-    TimeProblem({256, 7168, 4096, 128}, num_sms);
-    TimeProblem({256, 2048, 7168, 128}, num_sms);
+    TimeProblem({32768, 7168, 4096, 128}, t);
+    TimeProblem({32768, 2048, 7168, 128}, t);
+    TimeProblem({32768, 7168, 2048, 128}, t);
+    TimeProblem({256, 7168, 4096, 128}, t);
+    TimeProblem({256, 2048, 7168, 128}, t);
   }
   if (what == "time8" || what.empty()) {
-    TimeFp8({32768, 7168, 4096, 128}, num_sms);
-    TimeFp8({32768, 2048, 7168, 128}, num_sms);
-    TimeFp8({32768, 7168, 2048, 128}, num_sms);
-    TimeFp8({256, 7168, 4096, 128}, num_sms);
-    TimeFp8({256, 2048, 7168, 128}, num_sms);
+    TimeFp8({32768, 7168, 4096, 128}, t);
+    TimeFp8({32768, 2048, 7168, 128}, t);
+    TimeFp8({32768, 7168, 2048, 128}, t);
+    TimeFp8({256, 7168, 4096, 128}, t);
+    TimeFp8({256, 2048, 7168, 128}, t);
   }
+  if (what == "beside" || what.empty()) TimeBeside(t);
   return 0;
 }

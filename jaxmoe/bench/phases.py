@@ -101,6 +101,8 @@ def phases(config: MoEConfig, block_rows: int, backend: str) -> list[Phase]:
 
     def gate_up_dx(d_a: Any, d_b: Any, plan: Any, gate: Any, up: Any) -> Any:
         sizes = plan.group_sizes
+        if backend == "cuda":
+            return (cuda.input_grad_of_two(d_a, gate, d_b, up, sizes),)
         return (module.input_grad(d_a, gate, sizes) + module.input_grad(d_b, up, sizes),)
 
     def gate_up_dw(rows: Any, d_a: Any, d_b: Any, plan: Any) -> Any:

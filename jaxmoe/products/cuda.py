@@ -13,6 +13,7 @@ from jaxmoe.transport import cuda as libraries
 
 forward = _ffi.grouped_matmul
 input_grad = _ffi.grouped_input_grad
+input_grad_of_two = _ffi.grouped_input_grad_of_two
 weight_grad = _ffi.grouped_weight_grad
 swiglu = _ffi.grouped_swiglu
 

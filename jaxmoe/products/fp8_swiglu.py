@@ -137,7 +137,11 @@ def _swiglu_bwd(how: tuple[str, int], residuals: Any, d_y: Any) -> Any:
         x = rows.dequantize(d_y.dtype)
     else:
         x = rows
-        d_rows = module.input_grad(d_a, gate, group_sizes) + module.input_grad(d_b, up, of_up)
+        d_rows = (
+            cuda.input_grad_of_two(d_a, gate, d_b, up, group_sizes)
+            if backend == "cuda" and of_up is group_sizes
+            else module.input_grad(d_a, gate, group_sizes) + module.input_grad(d_b, up, of_up)
+        )
     d_weights = (
         module.weight_grad(x, d_a, group_sizes),
         module.weight_grad(x, d_b, of_up),

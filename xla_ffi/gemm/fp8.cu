@@ -197,10 +197,10 @@ __global__ void __launch_bounds__(kThreads, 1) ScaledProduct(const __grid_consta
 
 }  // namespace
 
-cudaError_t LaunchFp8Forward(cudaStream_t stream, int num_sms, const Shape& s, const void* x,
-                             const float* x_scales, const void* w, const float* w_scales,
-                             const int32_t* group_sizes, void* y) {
-  Params p = MakeParams(s, group_sizes, y, s.features, kMaxColumns, s.dim);
+cudaError_t LaunchFp8Forward(const Target& t, const Shape& s, const void* x, const float* x_scales,
+                             const void* w, const float* w_scales, const int32_t* group_sizes,
+                             void* y) {
+  Params p = MakeParams(t, s, group_sizes, y, s.features, kMaxColumns, s.dim);
   p.stages = kStages;
   p.tallest = kFeatures;
   p.row_scales = x_scales;
@@ -208,7 +208,7 @@ cudaError_t LaunchFp8Forward(cudaStream_t stream, int num_sms, const Shape& s, c
   const cudaError_t error =
       First({DescribeBytes(x, {s.dim, s.num_rows}, kLoadRows, &p.a),
              DescribeBytes(w, {s.dim, s.features, s.num_groups}, kMaxColumns, &p.b)});
-  return error != cudaSuccess ? error : Launch(ScaledProduct, stream, num_sms, p);
+  return error != cudaSuccess ? error : Launch(ScaledProduct, t, p);
 }
 
 cudaError_t PreloadFp8() { return Prepare(ScaledProduct); }

@@ -1,5 +1,6 @@
 // The custom calls of the grouped products.
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 
@@ -14,11 +15,13 @@ namespace {
 using Matrix = ffi::Buffer<ffi::BF16, 2>;
 using Weights = ffi::Buffer<ffi::BF16, 3>;
 using Ints = ffi::Buffer<ffi::S32, 1>;
+using Claims = ffi::Buffer<ffi::S32, 1>;
 using Fp8 = ffi::AnyBuffer;  // XLA's header has no native type for F8E4M3FN
 using RowScales = ffi::Buffer<ffi::F32, 2>;
 using WeightScales = ffi::Buffer<ffi::F32, 3>;
 using MatrixOut = ffi::ResultBuffer<ffi::BF16, 2>;
 using WeightsOut = ffi::ResultBuffer<ffi::BF16, 3>;
+using ClaimsOut = ffi::ResultBuffer<ffi::S32, 1>;
 
 ffi::Error Status(cudaError_t error) {
   if (error == cudaSuccess) return ffi::Error::Success();
@@ -26,12 +29,18 @@ ffi::Error Status(cudaError_t error) {
                               cudaGetErrorString(error));
 }
 
-ffi::ErrorOr<int> NumSms(int32_t device) {
-  int num_sms = 0;
+// The whole device. The last result of every call is `claims`, of no use to the caller: unlike
+// scratch memory it is this call's alone in a command buffer, too.
+ffi::ErrorOr<Target> TargetOf(cudaStream_t stream, int32_t device, ClaimsOut claims) {
+  Target target = {stream, 0, claims->typed_data()};
+  if (claims->element_count() != 1) {
+    return ffi::Unexpected(
+        ffi::Error::InvalidArgument("jaxmoe: grouped product: the last result must be one number"));
+  }
   const cudaError_t error =
-      cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+      cudaDeviceGetAttribute(&target.num_sms, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return ffi::Unexpected(Status(error));
-  return num_sms;
+  return target;
 }
 
 // The sizes that rows, weights and results agree on. Python has checked them; this guards the
@@ -53,55 +62,71 @@ ffi::ErrorOr<Shape> ShapeOf(const ffi::Span<const int64_t>& rows, int64_t featur
 }
 
 ffi::Error Forward(cudaStream_t stream, int32_t device, Matrix x, Weights w, Ints group_sizes,
-                   MatrixOut y) {
+                   MatrixOut y, ClaimsOut claims) {
   const auto shape = ShapeOf(x.dimensions(), y->dimensions()[1], w.dimensions(), group_sizes);
   if (shape.has_error()) return shape.error();
-  const auto num_sms = NumSms(device);
-  if (num_sms.has_error()) return num_sms.error();
-  return Status(LaunchForward(stream, *num_sms, *shape, x.typed_data(), w.typed_data(),
+  const auto target = TargetOf(stream, device, claims);
+  if (target.has_error()) return target.error();
+  return Status(LaunchForward(*target, *shape, x.typed_data(), w.typed_data(),
                               group_sizes.typed_data(), y->typed_data()));
 }
 
 ffi::Error InputGrad(cudaStream_t stream, int32_t device, Matrix d_y, Weights w, Ints group_sizes,
-                     MatrixOut d_x) {
+                     MatrixOut d_x, ClaimsOut claims) {
   const auto shape = ShapeOf(d_y.dimensions(), d_x->dimensions()[1], w.dimensions(), group_sizes);
   if (shape.has_error()) return shape.error();
-  const auto num_sms = NumSms(device);
-  if (num_sms.has_error()) return num_sms.error();
-  return Status(LaunchInputGrad(stream, *num_sms, *shape, d_y.typed_data(), w.typed_data(),
+  const auto target = TargetOf(stream, device, claims);
+  if (target.has_error()) return target.error();
+  return Status(LaunchInputGrad(*target, *shape, d_y.typed_data(), w.typed_data(),
                                 group_sizes.typed_data(), d_x->typed_data()));
 }
 
+ffi::Error InputGradOfTwo(cudaStream_t stream, int32_t device, Matrix d_y, Weights w, Matrix d_y2,
+                          Weights w2, Ints group_sizes, MatrixOut d_x, ClaimsOut claims) {
+  const auto shape = ShapeOf(d_y.dimensions(), d_x->dimensions()[1], w.dimensions(), group_sizes);
+  if (shape.has_error()) return shape.error();
+  const auto same = [](const auto& a, const auto& b) {
+    return std::equal(a.begin(), a.end(), b.begin(), b.end());
+  };
+  if (!same(d_y2.dimensions(), d_y.dimensions()) || !same(w2.dimensions(), w.dimensions())) {
+    return ffi::Error::InvalidArgument("jaxmoe: grouped product: the pairs' sizes disagree");
+  }
+  const auto target = TargetOf(stream, device, claims);
+  if (target.has_error()) return target.error();
+  return Status(LaunchInputGradOfTwo(*target, *shape, d_y.typed_data(), w.typed_data(),
+                                     d_y2.typed_data(), w2.typed_data(), group_sizes.typed_data(),
+                                     d_x->typed_data()));
+}
+
 ffi::Error WeightGrad(cudaStream_t stream, int32_t device, Matrix x, Matrix d_y, Ints group_sizes,
-                      WeightsOut d_w) {
+                      WeightsOut d_w, ClaimsOut claims) {
   const auto shape = ShapeOf(x.dimensions(), d_y.dimensions()[1], d_w->dimensions(), group_sizes);
   if (shape.has_error()) return shape.error();
-  const auto num_sms = NumSms(device);
-  if (num_sms.has_error()) return num_sms.error();
-  return Status(LaunchWeightGrad(stream, *num_sms, *shape, x.typed_data(), d_y.typed_data(),
+  const auto target = TargetOf(stream, device, claims);
+  if (target.has_error()) return target.error();
+  return Status(LaunchWeightGrad(*target, *shape, x.typed_data(), d_y.typed_data(),
                                  group_sizes.typed_data(), d_w->typed_data()));
 }
 
 ffi::Error SwigluSaving(cudaStream_t stream, int32_t device, Matrix x, Weights gate, Weights up,
-                        Ints group_sizes, MatrixOut y, MatrixOut a, MatrixOut b) {
+                        Ints group_sizes, MatrixOut y, MatrixOut a, MatrixOut b, ClaimsOut claims) {
   const auto shape = ShapeOf(x.dimensions(), y->dimensions()[1], gate.dimensions(), group_sizes);
   if (shape.has_error()) return shape.error();
-  const auto num_sms = NumSms(device);
-  if (num_sms.has_error()) return num_sms.error();
-  return Status(LaunchSwiglu(stream, *num_sms, *shape, x.typed_data(), gate.typed_data(),
-                             up.typed_data(), group_sizes.typed_data(), y->typed_data(),
-                             a->typed_data(), b->typed_data()));
+  const auto target = TargetOf(stream, device, claims);
+  if (target.has_error()) return target.error();
+  return Status(LaunchSwiglu(*target, *shape, x.typed_data(), gate.typed_data(), up.typed_data(),
+                             group_sizes.typed_data(), y->typed_data(), a->typed_data(),
+                             b->typed_data()));
 }
 
 ffi::Error Swiglu(cudaStream_t stream, int32_t device, Matrix x, Weights gate, Weights up,
-                  Ints group_sizes, MatrixOut y) {
+                  Ints group_sizes, MatrixOut y, ClaimsOut claims) {
   const auto shape = ShapeOf(x.dimensions(), y->dimensions()[1], gate.dimensions(), group_sizes);
   if (shape.has_error()) return shape.error();
-  const auto num_sms = NumSms(device);
-  if (num_sms.has_error()) return num_sms.error();
-  return Status(LaunchSwiglu(stream, *num_sms, *shape, x.typed_data(), gate.typed_data(),
-                             up.typed_data(), group_sizes.typed_data(), y->typed_data(), nullptr,
-                             nullptr));
+  const auto target = TargetOf(stream, device, claims);
+  if (target.has_error()) return target.error();
+  return Status(LaunchSwiglu(*target, *shape, x.typed_data(), gate.typed_data(), up.typed_data(),
+                             group_sizes.typed_data(), y->typed_data(), nullptr, nullptr));
 }
 
 bool Fit(const Shape& s, const RowScales& x_scales, const WeightScales& w_scales) {
@@ -113,7 +138,7 @@ bool Fit(const Shape& s, const RowScales& x_scales, const WeightScales& w_scales
 }
 
 ffi::Error Fp8Forward(cudaStream_t stream, int32_t device, Fp8 x, RowScales x_scales, Fp8 w,
-                      WeightScales w_scales, Ints group_sizes, MatrixOut y) {
+                      WeightScales w_scales, Ints group_sizes, MatrixOut y, ClaimsOut claims) {
   const auto of_w = w.dimensions();
   if (x.element_type() != ffi::F8E4M3FN || w.element_type() != ffi::F8E4M3FN ||
       x.dimensions().size() != 2 || of_w.size() != 3) {
@@ -131,9 +156,9 @@ ffi::Error Fp8Forward(cudaStream_t stream, int32_t device, Fp8 x, RowScales x_sc
         "got " +
         std::to_string(shape.dim) + " and " + std::to_string(shape.features));
   }
-  const auto num_sms = NumSms(device);
-  if (num_sms.has_error()) return num_sms.error();
-  return Status(LaunchFp8Forward(stream, *num_sms, shape, x.untyped_data(), x_scales.typed_data(),
+  const auto target = TargetOf(stream, device, claims);
+  if (target.has_error()) return target.error();
+  return Status(LaunchFp8Forward(*target, shape, x.untyped_data(), x_scales.typed_data(),
                                  w.untyped_data(), w_scales.typed_data(), group_sizes.typed_data(),
                                  y->typed_data()));
 }
@@ -155,42 +180,57 @@ auto BindCall() {
 
 JAXMOE_HANDLER(jaxmoe_grouped_matmul, Forward,
                jaxmoe::gemm::BindCall()
-                   .Arg<jaxmoe::gemm::Matrix>()    // x [C, D]
-                   .Arg<jaxmoe::gemm::Weights>()   // w [L, D, F]
-                   .Arg<jaxmoe::gemm::Ints>()      // group_sizes [L]
-                   .Ret<jaxmoe::gemm::Matrix>());  // y [C, F]
+                   .Arg<jaxmoe::gemm::Matrix>()   // x [C, D]
+                   .Arg<jaxmoe::gemm::Weights>()  // w [L, D, F]
+                   .Arg<jaxmoe::gemm::Ints>()     // group_sizes [L]
+                   .Ret<jaxmoe::gemm::Matrix>()   // y [C, F]
+                   .Ret<jaxmoe::gemm::Claims>());
 
 JAXMOE_HANDLER(jaxmoe_grouped_input_grad, InputGrad,
                jaxmoe::gemm::BindCall()
-                   .Arg<jaxmoe::gemm::Matrix>()    // d_y [C, F]
-                   .Arg<jaxmoe::gemm::Weights>()   // w [L, D, F]
-                   .Arg<jaxmoe::gemm::Ints>()      // group_sizes [L]
-                   .Ret<jaxmoe::gemm::Matrix>());  // d_x [C, D]
+                   .Arg<jaxmoe::gemm::Matrix>()   // d_y [C, F]
+                   .Arg<jaxmoe::gemm::Weights>()  // w [L, D, F]
+                   .Arg<jaxmoe::gemm::Ints>()     // group_sizes [L]
+                   .Ret<jaxmoe::gemm::Matrix>()   // d_x [C, D]
+                   .Ret<jaxmoe::gemm::Claims>());
+
+JAXMOE_HANDLER(jaxmoe_grouped_input_grad_of_two, InputGradOfTwo,
+               jaxmoe::gemm::BindCall()
+                   .Arg<jaxmoe::gemm::Matrix>()   // d_y [C, F]
+                   .Arg<jaxmoe::gemm::Weights>()  // w [L, D, F]
+                   .Arg<jaxmoe::gemm::Matrix>()   // another d_y
+                   .Arg<jaxmoe::gemm::Weights>()  // and its w
+                   .Arg<jaxmoe::gemm::Ints>()     // group_sizes [L]
+                   .Ret<jaxmoe::gemm::Matrix>()   // d_x [C, D]
+                   .Ret<jaxmoe::gemm::Claims>());
 
 JAXMOE_HANDLER(jaxmoe_grouped_weight_grad, WeightGrad,
                jaxmoe::gemm::BindCall()
-                   .Arg<jaxmoe::gemm::Matrix>()     // x [C, D]
-                   .Arg<jaxmoe::gemm::Matrix>()     // d_y [C, F]
-                   .Arg<jaxmoe::gemm::Ints>()       // group_sizes [L]
-                   .Ret<jaxmoe::gemm::Weights>());  // d_w [L, D, F]
+                   .Arg<jaxmoe::gemm::Matrix>()   // x [C, D]
+                   .Arg<jaxmoe::gemm::Matrix>()   // d_y [C, F]
+                   .Arg<jaxmoe::gemm::Ints>()     // group_sizes [L]
+                   .Ret<jaxmoe::gemm::Weights>()  // d_w [L, D, F]
+                   .Ret<jaxmoe::gemm::Claims>());
 
 JAXMOE_HANDLER(jaxmoe_grouped_swiglu, Swiglu,
                jaxmoe::gemm::BindCall()
-                   .Arg<jaxmoe::gemm::Matrix>()    // x [C, D]
-                   .Arg<jaxmoe::gemm::Weights>()   // gate [L, D, F]
-                   .Arg<jaxmoe::gemm::Weights>()   // up [L, D, F]
-                   .Arg<jaxmoe::gemm::Ints>()      // group_sizes [L]
-                   .Ret<jaxmoe::gemm::Matrix>());  // y [C, F]
+                   .Arg<jaxmoe::gemm::Matrix>()   // x [C, D]
+                   .Arg<jaxmoe::gemm::Weights>()  // gate [L, D, F]
+                   .Arg<jaxmoe::gemm::Weights>()  // up [L, D, F]
+                   .Arg<jaxmoe::gemm::Ints>()     // group_sizes [L]
+                   .Ret<jaxmoe::gemm::Matrix>()   // y [C, F]
+                   .Ret<jaxmoe::gemm::Claims>());
 
 JAXMOE_HANDLER(jaxmoe_grouped_swiglu_saving, SwigluSaving,
                jaxmoe::gemm::BindCall()
-                   .Arg<jaxmoe::gemm::Matrix>()    // x [C, D]
-                   .Arg<jaxmoe::gemm::Weights>()   // gate [L, D, F]
-                   .Arg<jaxmoe::gemm::Weights>()   // up [L, D, F]
-                   .Arg<jaxmoe::gemm::Ints>()      // group_sizes [L]
-                   .Ret<jaxmoe::gemm::Matrix>()    // y [C, F]
-                   .Ret<jaxmoe::gemm::Matrix>()    // x gate [C, F]
-                   .Ret<jaxmoe::gemm::Matrix>());  // x up [C, F]
+                   .Arg<jaxmoe::gemm::Matrix>()   // x [C, D]
+                   .Arg<jaxmoe::gemm::Weights>()  // gate [L, D, F]
+                   .Arg<jaxmoe::gemm::Weights>()  // up [L, D, F]
+                   .Arg<jaxmoe::gemm::Ints>()     // group_sizes [L]
+                   .Ret<jaxmoe::gemm::Matrix>()   // y [C, F]
+                   .Ret<jaxmoe::gemm::Matrix>()   // x gate [C, F]
+                   .Ret<jaxmoe::gemm::Matrix>()   // x up [C, F]
+                   .Ret<jaxmoe::gemm::Claims>());
 
 JAXMOE_HANDLER(jaxmoe_grouped_fp8, Fp8Forward,
                jaxmoe::gemm::BindCall()
@@ -199,7 +239,8 @@ JAXMOE_HANDLER(jaxmoe_grouped_fp8, Fp8Forward,
                    .Arg<jaxmoe::gemm::Fp8>()           // w [L, F, D]
                    .Arg<jaxmoe::gemm::WeightScales>()  // [L, ceil(F / 128), ceil(D / 128)]
                    .Arg<jaxmoe::gemm::Ints>()          // group_sizes [L]
-                   .Ret<jaxmoe::gemm::Matrix>());      // y [C, F]
+                   .Ret<jaxmoe::gemm::Matrix>()        // y [C, F]
+                   .Ret<jaxmoe::gemm::Claims>());
 
 // Loads the kernels on a device: left to the first launch, that could happen while a kernel of a
 // group waits for a peer whose host thread waits for this one. Returns CUDA's error code.

@@ -22,6 +22,10 @@ __device__ __forceinline__ void InitBarriers(const Shared& shared) {
     InitBarrier(shared.SlotFull(i), 1);
     InitBarrier(shared.SlotEmpty(i), kMultiplierWarps);
   }
+  for (int i = 0; i < kNumberSlots; ++i) {
+    InitBarrier(shared.NumberFull(i), 1);
+    InitBarrier(shared.NumberEmpty(i), max(kCluster - 1, 1));
+  }
   FenceInit();
 }
 
@@ -53,18 +57,21 @@ inline cudaError_t Prepare(Kernel kernel) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
 }
 
-inline cudaError_t Launch(Kernel kernel, cudaStream_t stream, int num_sms, const Params& params) {
-  const cudaError_t error = Prepare(kernel);
+inline cudaError_t Launch(Kernel kernel, const Target& target, const Params& params) {
+  cudaError_t error = Prepare(kernel);
+  if (error == cudaSuccess && params.claims != nullptr) {
+    error = cudaMemsetAsync(params.claims, 0, sizeof(*params.claims), target.stream);
+  }
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = kCluster;
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(num_sms / kCluster * kCluster);
+  config.gridDim = dim3(target.num_sms / kCluster * kCluster);
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = kSharedBytes;
-  config.stream = stream;
+  config.stream = target.stream;
   config.attrs = &cluster;
   config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, params);
@@ -74,8 +81,8 @@ inline cudaError_t Launch(Kernel kernel, cudaStream_t stream, int num_sms, const
 constexpr int kFewRowsOfGroup = 16;
 
 // Params without the tensors: `width` features of the result in tiles of `tile_width` per block.
-inline Params MakeParams(const Shape& shape, const int32_t* group_sizes, void* y, int64_t width,
-                         int tile_width, int64_t depth) {
+inline Params MakeParams(const Target& target, const Shape& shape, const int32_t* group_sizes,
+                         void* y, int64_t width, int tile_width, int64_t depth) {
   Params p = {};
   p.y = static_cast<__nv_bfloat16*>(y);
   p.groups = {group_sizes, static_cast<int>(shape.num_groups), static_cast<int>(shape.num_rows)};
@@ -87,6 +94,8 @@ inline Params MakeParams(const Shape& shape, const int32_t* group_sizes, void* y
   const bool few = shape.num_rows <= kFewRowsOfGroup * shape.num_groups;
   p.stages = few ? kMoreStages : kStages;
   p.tallest = p.stages.rows;
+  // Setting the counter to zero takes longer than such a product could gain.
+  p.claims = few ? nullptr : target.claims;
   return p;
 }
 

@@ -106,7 +106,7 @@ __device__ __forceinline__ void MultiplyTiles(const Params& p, const Shared& sha
   ToldTiles tiles(shared);
   const Place place;
   constexpr bool kFromRows = kOp == Op::kWeightGrad;
-  constexpr bool kTransposedA = kOp != Op::kInputGrad;
+  constexpr bool kTransposedA = !kIsInputGrad<kOp>;
   const uint32_t a = Descriptor(shared.A(0) + place.group * kBlockBytes);
   const uint32_t b = Descriptor(shared.B(0));
   Ring ring(p.stages.num);
@@ -161,48 +161,60 @@ __global__ void __launch_bounds__(kThreads, 1) GroupedProduct(const __grid_const
 
 }  // namespace
 
-cudaError_t LaunchForward(cudaStream_t stream, int num_sms, const Shape& s, const void* x,
-                          const void* w, const int32_t* group_sizes, void* y) {
-  Params p = MakeParams(s, group_sizes, y, s.features, kFeatures, s.dim);
+cudaError_t LaunchForward(const Target& t, const Shape& s, const void* x, const void* w,
+                          const int32_t* group_sizes, void* y) {
+  Params p = MakeParams(t, s, group_sizes, y, s.features, kFeatures, s.dim);
   const cudaError_t error = First({Describe(w, {s.features, s.dim, s.num_groups}, kDepth, &p.a),
                                    Describe(x, {s.dim, s.num_rows}, kLoadRows, &p.b)});
-  return error != cudaSuccess ? error : Launch(GroupedProduct<Op::kForward>, stream, num_sms, p);
+  return error != cudaSuccess ? error : Launch(GroupedProduct<Op::kForward>, t, p);
 }
 
-cudaError_t LaunchInputGrad(cudaStream_t stream, int num_sms, const Shape& s, const void* d_y,
-                            const void* w, const int32_t* group_sizes, void* d_x) {
-  Params p = MakeParams(s, group_sizes, d_x, s.dim, kFeatures, s.features);
+cudaError_t LaunchInputGrad(const Target& t, const Shape& s, const void* d_y, const void* w,
+                            const int32_t* group_sizes, void* d_x) {
+  Params p = MakeParams(t, s, group_sizes, d_x, s.dim, kFeatures, s.features);
   const cudaError_t error = First({Describe(w, {s.features, s.dim, s.num_groups}, kFeatures, &p.a),
                                    Describe(d_y, {s.features, s.num_rows}, kLoadRows, &p.b)});
-  return error != cudaSuccess ? error : Launch(GroupedProduct<Op::kInputGrad>, stream, num_sms, p);
+  return error != cudaSuccess ? error : Launch(GroupedProduct<Op::kInputGrad>, t, p);
 }
 
-cudaError_t LaunchWeightGrad(cudaStream_t stream, int num_sms, const Shape& s, const void* x,
-                             const void* d_y, const int32_t* group_sizes, void* d_w) {
-  Params p = MakeParams(s, group_sizes, nullptr, s.dim, kFeatures, 0);
+cudaError_t LaunchInputGradOfTwo(const Target& t, const Shape& s, const void* d_y, const void* w,
+                                 const void* d_y2, const void* w2, const int32_t* group_sizes,
+                                 void* d_x) {
+  Params p = MakeParams(t, s, group_sizes, d_x, s.dim, kFeatures, s.features);
+  const cudaError_t error =
+      First({Describe(w, {s.features, s.dim, s.num_groups}, kFeatures, &p.a),
+             Describe(w2, {s.features, s.dim, s.num_groups}, kFeatures, &p.a2),
+             Describe(d_y, {s.features, s.num_rows}, kLoadRows, &p.b),
+             Describe(d_y2, {s.features, s.num_rows}, kLoadRows, &p.b2)});
+  return error != cudaSuccess ? error : Launch(GroupedProduct<Op::kInputGradOfTwo>, t, p);
+}
+
+cudaError_t LaunchWeightGrad(const Target& t, const Shape& s, const void* x, const void* d_y,
+                             const int32_t* group_sizes, void* d_w) {
+  Params p = MakeParams(t, s, group_sizes, nullptr, s.dim, kFeatures, 0);
   p.num_minor = CeilDiv(static_cast<int>(s.features), kMaxColumns);
   p.stages = kStages;
   const cudaError_t error =
       First({Describe(x, {s.dim, s.num_rows}, kDepth, &p.a),
              Describe(d_y, {s.features, s.num_rows}, kDepth, &p.b),
              Describe(d_w, {s.features, s.dim, s.num_groups}, kBlockColumns, &p.out)});
-  return error != cudaSuccess ? error : Launch(GroupedProduct<Op::kWeightGrad>, stream, num_sms, p);
+  return error != cudaSuccess ? error : Launch(GroupedProduct<Op::kWeightGrad>, t, p);
 }
 
-cudaError_t LaunchSwiglu(cudaStream_t stream, int num_sms, const Shape& s, const void* x,
-                         const void* gate, const void* up, const int32_t* group_sizes, void* y,
-                         void* a, void* b) {
-  Params p = MakeParams(s, group_sizes, y, s.features, kFeatures / 2, s.dim);
+cudaError_t LaunchSwiglu(const Target& t, const Shape& s, const void* x, const void* gate,
+                         const void* up, const int32_t* group_sizes, void* y, void* a, void* b) {
+  Params p = MakeParams(t, s, group_sizes, y, s.features, kFeatures / 2, s.dim);
   p.saved[0] = static_cast<__nv_bfloat16*>(a);
   p.saved[1] = static_cast<__nv_bfloat16*>(b);
   const cudaError_t error = First({Describe(gate, {s.features, s.dim, s.num_groups}, kDepth, &p.a),
                                    Describe(up, {s.features, s.dim, s.num_groups}, kDepth, &p.a2),
                                    Describe(x, {s.dim, s.num_rows}, kLoadRows, &p.b)});
-  return error != cudaSuccess ? error : Launch(GroupedProduct<Op::kSwiglu>, stream, num_sms, p);
+  return error != cudaSuccess ? error : Launch(GroupedProduct<Op::kSwiglu>, t, p);
 }
 
 cudaError_t Preload() {
   return First({Prepare(GroupedProduct<Op::kForward>), Prepare(GroupedProduct<Op::kInputGrad>),
+                Prepare(GroupedProduct<Op::kInputGradOfTwo>),
                 Prepare(GroupedProduct<Op::kWeightGrad>), Prepare(GroupedProduct<Op::kSwiglu>)});
 }
 

@@ -164,6 +164,21 @@ __device__ __forceinline__ void WriteShared(uint32_t address, uint4 v) {
                : "memory");
 }
 
+__device__ __forceinline__ int32_t ReadSharedInt(uint32_t address) {
+  int32_t v;
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
+// Writes to the shared memory of another block of the cluster, whose barrier (both named by
+// InBlock) counts the bytes when they are there.
+__device__ __forceinline__ void StoreIn(uint32_t address, int32_t v, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.s32 [%0], %1, [%2];" ::"r"(
+          address),
+      "r"(v), "r"(barrier)
+      : "memory");
+}
+
 __device__ __forceinline__ float2 ReadSharedPair(uint32_t address) {
   float2 v;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");

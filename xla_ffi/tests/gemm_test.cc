@@ -12,6 +12,7 @@ namespace jaxmoe::gemm {
 namespace {
 
 constexpr int kNumSms = 4;
+constexpr Target kTarget = {nullptr, kNumSms, nullptr};
 constexpr uint16_t kNan = 0xffff;
 
 // Values of an array on the "device"; kernels want more alignment than malloc gives.
@@ -71,29 +72,34 @@ struct Arrays {
         a(p.shape.num_rows * p.shape.features),
         b(p.shape.num_rows * p.shape.features),
         d_x(p.shape.num_rows * p.shape.dim),
+        d_x2(p.shape.num_rows * p.shape.dim),
         d_w(p.shape.num_groups * p.shape.dim * p.shape.features) {
     x.Poison(p.NumUsedRows() * p.shape.dim);
     d_y.Poison(p.NumUsedRows() * p.shape.features);
   }
-  Array x, d_y, w, up, y, h, a, b, d_x, d_w;
+  Array x, d_y, w, up, y, h, a, b, d_x, d_x2, d_w;
 };
 
-void Launch(const Problem& p, Arrays* on) {
+// Whether blocks claim their tiles, or have them from the start.
+enum class Tiling { kClaimed, kGiven };
+
+void Launch(const Problem& p, Tiling tiling, Arrays* on) {
   const Shape& s = p.shape;
   const int32_t* sizes = p.sizes.data();
-  CHECK(LaunchForward(nullptr, kNumSms, s, on->x.data(), on->w.data(), sizes, on->y.data()) ==
-        cudaSuccess);
-  CHECK(LaunchInputGrad(nullptr, kNumSms, s, on->d_y.data(), on->w.data(), sizes, on->d_x.data()) ==
-        cudaSuccess);
-  CHECK(LaunchWeightGrad(nullptr, kNumSms, s, on->x.data(), on->d_y.data(), sizes,
-                         on->d_w.data()) == cudaSuccess);
-  CHECK(LaunchSwiglu(nullptr, kNumSms, s, on->x.data(), on->w.data(), on->up.data(), sizes,
-                     on->h.data(), on->a.data(), on->b.data()) == cudaSuccess);
+  int32_t claims = 123;  // whatever was there before
+  const Target t = {nullptr, kNumSms, tiling == Tiling::kClaimed ? &claims : nullptr};
+  CHECK(LaunchForward(t, s, on->x.data(), on->w.data(), sizes, on->y.data()) == cudaSuccess);
+  CHECK(LaunchInputGrad(t, s, on->d_y.data(), on->w.data(), sizes, on->d_x.data()) == cudaSuccess);
+  CHECK(LaunchInputGradOfTwo(t, s, on->d_y.data(), on->w.data(), on->y.data(), on->up.data(), sizes,
+                             on->d_x2.data()) == cudaSuccess);
+  CHECK(LaunchWeightGrad(t, s, on->x.data(), on->d_y.data(), sizes, on->d_w.data()) == cudaSuccess);
+  CHECK(LaunchSwiglu(t, s, on->x.data(), on->w.data(), on->up.data(), sizes, on->h.data(),
+                     on->a.data(), on->b.data()) == cudaSuccess);
 }
 
 // A group's products, row by row.
 struct Errors {
-  Worst forward, input_grad, weight_grad, swiglu, saved;
+  Worst forward, input_grad, input_grad_of_two, weight_grad, swiglu, saved;
 
   void AddGroup(const Shape& s, const Arrays& on, int64_t group, int64_t begin, int64_t end) {
     const int64_t first = group * s.dim * s.features;
@@ -102,15 +108,17 @@ struct Errors {
       std::vector<double> gate(s.features), up(s.features);
       for (int64_t d = 0; d < s.dim; ++d) {
         const double x = on.x[row * s.dim + d];
-        double d_x = 0;
+        double d_x = 0, d_x2 = 0;
         for (int64_t f = 0; f < s.features; ++f) {
           const double w = on.w[first + d * s.features + f], d_y = on.d_y[row * s.features + f];
           gate[f] += x * w;
           up[f] += x * on.up[first + d * s.features + f];
           d_x += d_y * w;
+          d_x2 += on.y[row * s.features + f] * on.up[first + d * s.features + f];
           d_w[d * s.features + f] += x * d_y;
         }
         input_grad.Add(on.d_x[row * s.dim + d], d_x);
+        input_grad_of_two.Add(on.d_x2[row * s.dim + d], d_x + d_x2);
       }
       for (int64_t f = 0; f < s.features; ++f) {
         const int64_t at = row * s.features + f;
@@ -125,17 +133,19 @@ struct Errors {
   }
 
   void AddUnused(const Shape& s, const Arrays& on, int64_t begin) {
-    for (int64_t i = begin * s.dim; i < s.num_rows * s.dim; ++i) CHECK(on.d_x[i] == 0);
+    for (int64_t i = begin * s.dim; i < s.num_rows * s.dim; ++i) {
+      CHECK(on.d_x[i] == 0 && on.d_x2[i] == 0);
+    }
     for (int64_t i = begin * s.features; i < s.num_rows * s.features; ++i) {
       CHECK(on.y[i] == 0 && on.h[i] == 0 && on.a[i] == 0 && on.b[i] == 0);
     }
   }
 };
 
-void CheckProducts(const Problem& p) {
+void CheckProducts(const Problem& p, Tiling tiling = Tiling::kClaimed) {
   std::mt19937 random(1);
   Arrays arrays(p, &random);
-  Launch(p, &arrays);
+  Launch(p, tiling, &arrays);
   Errors errors;
   int64_t begin = 0;
   for (int64_t group = 0; group < p.shape.num_groups; ++group) {
@@ -145,6 +155,7 @@ void CheckProducts(const Problem& p) {
   errors.AddUnused(p.shape, arrays, begin);
   CHECK(errors.forward.value() < kRounding);
   CHECK(errors.input_grad.value() < kRounding);
+  CHECK(errors.input_grad_of_two.value() < kRounding);
   CHECK(errors.weight_grad.value() < kRounding);
   CHECK(errors.saved.value() < kRounding);
   CHECK(errors.swiglu.value() < kRounding);
@@ -156,6 +167,10 @@ TEST(WholeTiles) { CheckProducts({{256, 64, 128, 2}, {128, 128}}); }
 TEST(UnevenAndEmptyGroupsAndRowsLeftOver) {
   CheckProducts({{140, 72, 136, 5}, {0, 1, 100, 0, 17}});
 }
+TEST(TilesGivenFromTheStart) {
+  CheckProducts({{140, 72, 136, 5}, {0, 1, 100, 0, 17}}, Tiling::kGiven);
+}
+TEST(ManyTiles) { CheckProducts({{90, 1032, 520, 6}, {11, 0, 23, 1, 17, 29}}); }
 TEST(OneHugeGroup) { CheckProducts({{290, 16, 72, 3}, {3, 277, 0}}); }
 TEST(FewRowsOnAverageAndOneHugeGroup) {
   static_assert(220 <= 20 * kFewRowsOfGroup && 187 > 2 * kFewRows);
@@ -183,7 +198,7 @@ TEST(SizesBeyondTheRowsAreCutOff) {
   Problem p = {{20, 8, 8, 3}, {15, 30, 9}};
   std::mt19937 random(1);
   Array x(20 * 8, &random), w(3 * 8 * 8, &random), y(20 * 8);
-  CHECK(LaunchForward(nullptr, kNumSms, p.shape, x.data(), w.data(), p.sizes.data(), y.data()) ==
+  CHECK(LaunchForward(kTarget, p.shape, x.data(), w.data(), p.sizes.data(), y.data()) ==
         cudaSuccess);
   for (int64_t i = 0; i < 20 * 8; ++i) CHECK(!std::isnan(y[i]));
 }
@@ -192,8 +207,7 @@ TEST(WidthsThatTheCopyEngineCannotAddressAreRefused) {
   std::mt19937 random(1);
   Array x(4 * 12, &random), w(12 * 8, &random), y(4 * 8);
   const int32_t size = 4;
-  CHECK(LaunchForward(nullptr, kNumSms, {4, 12, 8, 1}, x.data(), w.data(), &size, y.data()) !=
-        cudaSuccess);
+  CHECK(LaunchForward(kTarget, {4, 12, 8, 1}, x.data(), w.data(), &size, y.data()) != cudaSuccess);
 }
 
 // FP8 operands of values and scales that make every sum exact, as are the same sums in double.
@@ -247,8 +261,9 @@ void CheckFp8(const Problem& p) {
   constexpr uint8_t kFp8Nan = 0x7f;  // in rows that belong to no group
   std::fill(on.x.begin() + p.NumUsedRows() * s.dim, on.x.end(), kFp8Nan);
   Array y(s.num_rows * s.features);
-  CHECK(LaunchFp8Forward(nullptr, kNumSms, s, on.x.data(), on.x_scales.data(), on.w.data(),
-                         on.w_scales.data(), p.sizes.data(), y.data()) == cudaSuccess);
+  int32_t claims = 123;
+  CHECK(LaunchFp8Forward({nullptr, kNumSms, &claims}, s, on.x.data(), on.x_scales.data(),
+                         on.w.data(), on.w_scales.data(), p.sizes.data(), y.data()) == cudaSuccess);
   Worst worst;
   int64_t row = 0;
   for (int64_t group = 0; group < s.num_groups; ++group) {

@@ -111,6 +111,13 @@ T __ldg(const T* p) {
   return *p;
 }
 
+inline int atomicAdd(int* p, int value) {
+  const int before = *p;
+  *p += value;
+  jaxmoe::emulated::Gpu::Current().Yield();
+  return before;
+}
+
 // Host interface.
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorSymbolNotFound };
@@ -142,6 +149,10 @@ template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, int, int bytes) {
   return bytes <= static_cast<int>(jaxmoe::emulated::kSharedBytes) ? cudaSuccess
                                                                    : cudaErrorInvalidValue;
+}
+inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+  std::memset(p, value, bytes);
+  return cudaSuccess;
 }
 template <typename Params>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params),

@@ -201,6 +201,22 @@ inline void WriteShared(uint32_t address, uint4 value) {
   std::memcpy(Bytes(ThisBlock(), address, 16), &value, 16);
   ThisBlock()->unfenced[Unmapped(address) / 16] = static_cast<int>(ThisGpu().Self().thread) + 1;
 }
+inline int32_t ReadSharedInt(uint32_t address) {
+  int32_t value;
+  std::memcpy(&value, Bytes(ThisBlock(), address, 4), 4);
+  return value;
+}
+inline void StoreIn(uint32_t address, int32_t value, uint32_t barrier) {
+  Block* block = BlockOf(address);
+  if (BlockOf(barrier) != block) ThisGpu().Stop("store and its barrier in different blocks");
+  Barrier* b = BarrierAt(block, barrier);
+  char* to = Bytes(block, address, 4);
+  ThisGpu().Later([=] {
+    std::memcpy(to, &value, 4);
+    b->bytes -= 4;
+    b->EndIfComplete();
+  });
+}
 inline float2 ReadSharedPair(uint32_t address) {
   float2 value;
   std::memcpy(&value, Bytes(ThisBlock(), address, 8), 8);
