@@ -165,6 +165,8 @@ def test_records_lie_between_the_parts():
         passed = dict(record.params["input_output_aliases"])
         through = [record.invars[i].aval.shape for i in passed]
         assert not weights & {shape[1:] for shape in through if len(shape) == 3}
+        # So would be what is passed through and is another operand, too.
+        assert len(set(record.invars)) == len(record.invars)
 
 
 def test_times_of_a_part_are_those_of_the_slowest_and_the_fastest_device(monkeypatch):

@@ -122,12 +122,15 @@ def copies_between(hlo: str, target: str, operands: Any) -> int:
 def record(target: str, slot: int, through: Any, after: Any) -> Any:
     """Arrays `through`, unchanged, once an event is recorded behind all that made `after`."""
     leaves, treedef = jax.tree.flatten(through)
+    # An operand that is written in place must not be another one, too: XLA would copy it.
+    passed = {id(a) for a in leaves}
+    rest = [a for a in jax.tree.leaves(after) if id(a) not in passed]
     call = jax.ffi.ffi_call(
         target,
         [jax.typeof(a) for a in leaves],
         input_output_aliases={i: i for i in range(len(leaves))},
     )
-    return jax.tree.unflatten(treedef, call(*leaves, *jax.tree.leaves(after), slot=np.int64(slot)))
+    return jax.tree.unflatten(treedef, call(*leaves, *rest, slot=np.int64(slot)))
 
 
 def _median_us(lib: Any, device: int, calls: int) -> float:
