@@ -336,8 +336,9 @@ def _call(
     there are no streams, so these calls cannot be recorded in one.
 
     In decoding the recording is worth more: calls for few tokens without gradients, and those in
-    two halves, are ordinary calls, which XLA records one after the other. They have no order
-    against collectives, nor against calls of the other kind, but by data.
+    two halves, are ordinary calls. XLA records them one after the other, or with
+    `xla_gpu_command_buffer_scheduling_mode=CONCURRENT` (docs/decode.md) by their data alone. They
+    have no order against collectives, nor against calls of the other kind, but by data.
     """
     config = {
         "group": np.int64(group.uid),
